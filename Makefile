@@ -1,0 +1,35 @@
+# Two commands matter: `make study` trains a small family and writes its report, `make test` runs the tests.
+# Both make their own environment in .venv from python3 and pip; nothing else has to be installed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+CONFIG ?= experiments/configs/quickstart.py
+
+.PHONY: study test env lint docs clean
+
+study: $(VENV)/.ready
+	$(BIN)/python -m experiments.run --config=$(CONFIG) --workdir=$(WORKDIR)
+	@$(BIN)/python -m experiments.report --workdir=$(WORKDIR)
+
+test: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2 -q
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache

@@ -1,0 +1,162 @@
+"""The `--config` flag of every command: an experiment file, an optional argument, and overrides.
+
+    --config=experiments/configs/micro_study.py             the file
+    --config=experiments/configs/micro_study.py:headline    its argument: selects a slice or a member
+    --config.train.steps=200                                overrides one value for every member
+
+A path that is not there is looked up among the experiment files that come with the package, so that
+`--config=quickstart.py` works from any folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+
+import ml_collections
+from absl import app
+from ml_collections import config_flags
+
+from jaxmoe.config import SOURCE_KINDS, ConfigError, RunConfig, nearest
+
+_PACKAGED = pathlib.Path(__file__).parent / "configs"
+
+
+def find_config_file(path: str) -> pathlib.Path:
+    """The experiment file that `path` names, here or in the package.
+
+    Raises:
+      ConfigError: there is none; the message names the nearest that exist.
+    """
+    given = pathlib.Path(path)
+    for candidate in (given, _PACKAGED / given.name, _PACKAGED / f"{given.name}.py"):
+        if candidate.is_file():
+            return candidate
+    packaged = [file.name for file in _PACKAGED.glob("*.py") if file.name != "__init__.py"]
+    raise ConfigError(f"--config={path}: no such experiment file.{nearest(given.name, packaged)}")
+
+
+def load_config(specification: str) -> ml_collections.ConfigDict:
+    """The configuration that an experiment file returns, complete with every default.
+
+    Args:
+      specification: `path.py` or `path.py:argument`; the argument is passed to the file's `get_config`.
+
+    Raises:
+      ConfigError: no such file, no `get_config` in it, or an argument that it does not take.
+    """
+    path, _, argument = specification.partition(":")
+    file = find_config_file(path)
+    spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{file} has no function get_config; an experiment file must define one.")
+    config = module.get_config(argument) if argument else module.get_config()
+    return with_defaults(ml_collections.ConfigDict(config))
+
+
+def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config` with every optional key of the known sections present, so that each can be overridden."""
+    completed = config.copy_and_resolve_references()
+    hints = typing.get_type_hints(RunConfig)
+    for section in ("model", "train", "evaluation", "data"):
+        if section not in completed:
+            completed[section] = ml_collections.ConfigDict()
+        _fill(completed[section], hints[section])
+    completed.lock()
+    return completed
+
+
+def _fill(section: ml_collections.ConfigDict, kind: type) -> None:
+    """Adds the defaults of dataclass `kind` that `section` lacks; None becomes a typed placeholder."""
+    hints = typing.get_type_hints(kind)
+    with section.unlocked():
+        for field in dataclasses.fields(kind):
+            inner = [option for option in typing.get_args(hints[field.name]) if option is not type(None)]
+            optional = type(None) in typing.get_args(hints[field.name])
+            if field.name in section:
+                value = section[field.name]
+                if field.name == "sources":
+                    for source in value.values():
+                        if source.get("kind") in SOURCE_KINDS:
+                            _fill(source, SOURCE_KINDS[source.kind])
+                elif isinstance(value, ml_collections.ConfigDict) and optional and dataclasses.is_dataclass(inner[0]):
+                    _fill(value, inner[0])
+                elif value is None and optional and inner[0] in (int, float, str):
+                    section[field.name] = ml_collections.config_dict.placeholder(inner[0])
+                continue
+            if field.default is dataclasses.MISSING:
+                continue
+            if field.default is None and optional:
+                if inner[0] in (int, float, str):
+                    section[field.name] = ml_collections.config_dict.placeholder(inner[0])
+            else:
+                section[field.name] = field.default
+
+
+def run_with_config(main: Callable[[ml_collections.ConfigDict, tuple[str, ...]], int | None]) -> None:
+    """Runs `main(config, overridden)` as a command that takes `--config` and its overrides.
+
+    A ConfigError is printed as one line and the exit status is 2; nothing else is caught. `overridden` holds the
+    dotted keys that the command line set.
+    """
+    argv = list(sys.argv)
+    specification = _take_flag(argv, "config")
+    try:
+        if specification is None:
+            if {"--help", "-h", "--helpfull", "--helpshort", "-help"} & set(argv):
+                app.run(lambda _: None, argv=argv)
+            packaged = ", ".join(sorted(f"experiments/configs/{p.name}" for p in _PACKAGED.glob("[!_]*.py")))
+            raise ConfigError(f"--config is missing; give an experiment file, for example one of {packaged}.")
+        config = load_config(specification)
+        _refuse_unknown_overrides(config, argv)
+        holder = config_flags.DEFINE_config_dict("config", config, sys_argv=argv, lock_config=True)
+    except ConfigError as error:
+        fail(error)
+
+    def run(remaining: Sequence[str]) -> int | None:
+        if len(remaining) > 1:
+            fail(ConfigError(f"unexpected argument {remaining[1]!r}; flags are written --name=value."))
+        try:
+            return main(holder.value, tuple(config_flags.get_override_values(holder)))
+        except ConfigError as error:
+            fail(error)
+
+    app.run(run, argv=argv)
+
+
+def fail(error: Exception) -> typing.NoReturn:
+    """Prints a user's error as one message, without a traceback, and exits with status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _take_flag(argv: list[str], name: str) -> str | None:
+    """Removes `--name=value` or `--name value` from argv and returns the value, None if absent."""
+    for position, argument in enumerate(argv):
+        if position and argument.lstrip("-").startswith(f"{name}=") and argument.startswith("-"):
+            return argv.pop(position).split("=", 1)[1]
+        if position and argument in (f"-{name}", f"--{name}") and position + 1 < len(argv):
+            value = argv.pop(position + 1)
+            argv.pop(position)
+            return value
+    return None
+
+
+def _refuse_unknown_overrides(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None:
+    """Raises a ConfigError for an override whose dotted key the configuration does not have."""
+    for argument in argv[1:]:
+        if not argument.startswith(("--config.", "-config.")):
+            continue
+        key = argument.lstrip("-").split("=", 1)[0].removeprefix("config.")
+        section, walked = config, ""
+        for part in key.split("."):
+            if not isinstance(section, ml_collections.ConfigDict) or part not in section:
+                known = section.keys() if isinstance(section, Mapping | ml_collections.ConfigDict) else ()
+                raise ConfigError(f"unknown key --config.{walked}{part}.{nearest(part, map(str, known))}")
+            section, walked = section[part], f"{walked}{part}."
