@@ -371,7 +371,7 @@ class QuestionAnswerSource:
         )
 
 
-SourceConfig = Union[KnowledgeSource, ReasoningSource, TextSource, QuestionAnswerSource]
+SourceConfig = KnowledgeSource | ReasoningSource | TextSource | QuestionAnswerSource
 SOURCE_KINDS: dict[str, type] = {
     "knowledge": KnowledgeSource,
     "reasoning": ReasoningSource,
@@ -620,13 +620,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}={value!r}; a section with {', '.join(f.name for f in dataclasses.fields(hint))} is needed.")
+            keys = ", ".join(field.name for field in dataclasses.fields(hint))
+            raise ConfigError(f"{path}={value!r}; a section with {keys} is needed.")
         return from_dict(hint, value, path)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path}={value!r}; a list of strings is needed.")
         return tuple(_convert(typing.get_args(hint)[0], item, path) for item in value)
-    if hint is Mapping or origin is not None and issubclass(origin, Mapping):
+    if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value!r}; a section of named entries is needed.")
         item = typing.get_args(hint)[1]

@@ -1,0 +1,1 @@
+"""One module a benchmark; each has `run() -> dict` and `describe(dict) -> str`."""

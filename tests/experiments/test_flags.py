@@ -1,0 +1,52 @@
+"""The --config flag: files found, completed with defaults, selected from, and unknown keys refused."""
+
+import pytest
+
+from experiments.flags import _refuse_unknown_overrides, find_config_file, load_config
+from jaxmoe.config import ConfigError
+
+
+def test_a_packaged_file_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config_file("experiments/configs/quickstart.py").name == "quickstart.py"
+    assert find_config_file("quickstart").name == "quickstart.py"
+
+
+def test_a_missing_file_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"no such experiment file\. Did you mean 'micro_study\.py'\?"):
+        load_config("configs/micro_stdy.py")
+
+
+def test_a_file_without_get_config_is_refused(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="has no function get_config"):
+        load_config(str(tmp_path / "empty.py"))
+
+
+def test_every_default_can_be_overridden():
+    config = load_config("quickstart.py")
+    assert config.train.clip_norm == 1.0
+    assert config.train.get_type("checkpoint_every") is int
+    assert config.data.sources.knowledge.attributes == 13
+    assert config.model.moe.score_order == "topk_then_softmax"
+
+
+def test_the_argument_selects_slices_and_members():
+    assert set(load_config("quickstart.py:E2+E64").members) == {"E2", "E64"}
+    assert set(load_config("micro_study.py:topk").members) == {"E8-k1", "E16", "E32-k4"}
+    with pytest.raises(ConfigError, match="neither a slice nor a member. Did you mean 'headline'"):
+        load_config("micro_study.py:headlin")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.train.stepz=1", "unknown key --config.train.stepz. Did you mean 'steps'?"),
+        ("--config.modell.width=1", "unknown key --config.modell. Did you mean 'model'?"),
+        ("--config.train.steps.more=1", "unknown key --config.train.steps.more"),
+    ],
+)
+def test_an_unknown_override_names_the_nearest_key(flag, message):
+    with pytest.raises(ConfigError) as caught:
+        _refuse_unknown_overrides(load_config("quickstart.py"), ["run", flag])
+    assert message in str(caught.value)

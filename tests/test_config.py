@@ -1,0 +1,125 @@
+"""Configurations refuse what cannot run, in the user's terms, and survive a round trip through JSON."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxmoe.config import (
+    ConfigError,
+    EvaluationConfig,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+    TrainConfig,
+    config_hash,
+    from_dict,
+    to_dict,
+)
+
+
+def run_dict(**changes):
+    values = {
+        "name": "E8",
+        "model": {
+            "vocab_size": 288,
+            "width": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "moe": {"num_experts": 8, "experts_per_token": 2, "expert_hidden": 64},
+        },
+        "data": {
+            "tokenizer": "symbols",
+            "sources": {
+                "knowledge": {"kind": "knowledge"},
+                "reasoning": {"kind": "reasoning", "corruption": 0.2},
+                "documents": {"kind": "text", "paths": ["a.txt"], "weight": 0},
+            },
+        },
+        "train": {"steps": 10, "batch_size": 8, "sequence_length": 16},
+    }
+    for path, value in changes.items():
+        section = values
+        *parents, last = path.split("__")
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    return values
+
+
+def test_json_round_trip_is_equal_and_hashes_equal():
+    run = from_dict(RunConfig, run_dict())
+    again = from_dict(RunConfig, json.loads(json.dumps(to_dict(run))))
+    assert again == run
+    assert config_hash(again) == config_hash(run)
+    assert config_hash(from_dict(RunConfig, run_dict(seed=1))) != config_hash(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modell": {}}, "unknown key modell. Did you mean 'model'?"),
+        ({"model__moe__num_expert": 4}, "unknown key model.moe.num_expert. Did you mean 'num_experts'?"),
+        ({"model__moe__experts_per_token": 9}, "model.moe: experts_per_token=9 but the layer has 8 experts"),
+        ({"model__width": 66}, "width=66 is not divisible by num_heads=4"),
+        ({"model__num_kv_heads": 3}, "num_heads=4 is not divisible by num_kv_heads=3"),
+        ({"model__width": "64"}, "model.width='64' is a str; int is needed"),
+        ({"model__remat": "all"}, "model.remat='all'; choose one of 'none', 'full', 'dots'"),
+        ({"train__batch_size": 0}, "train: batch_size=0; it must be positive"),
+        ({"train__gradient_accumulation": 3}, "batch_size=8 is not divisible by gradient_accumulation=3"),
+        ({"train__warmup_steps": 11}, "warmup_steps=11 is more than steps=10"),
+        ({"train__learning_rate": float("nan")}, "train.learning_rate=nan is not finite"),
+        ({"train__sequence_length": 5000}, "train.sequence_length=5000 exceeds model.max_sequence_length=4096"),
+        ({"data__sources": {}}, "data.sources is empty"),
+        ({"data__sources__knowledge__kind": "knowlege"}, "Did you mean 'knowledge'?"),
+        ({"data__sources__reasoning__corruption": 1.5}, "corruption=1.5; it is a probability"),
+        ({"data__sources__reasoning__problems": 10**6}, "distinct problems exist"),
+        ({"data__sources__knowledge__entities": 70_000}, "raise name_length"),
+        ({"data__sources__documents__paths": "a.txt"}, "a list of strings is needed"),
+        ({"data__sources": {"k": {"kind": "knowledge", "weight": 0}}}, "every weight of the mixture is zero (k)"),
+    ],
+)
+def test_a_mistake_is_named(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(RunConfig, run_dict(**changes))
+    assert message in str(caught.value)
+
+
+def test_a_missing_key_is_named():
+    values = run_dict()
+    del values["train"]["steps"]
+    with pytest.raises(ConfigError, match=r"train\.steps is missing"):
+        from_dict(RunConfig, values)
+
+
+def test_layer_kinds_follow_first_dense_and_every_nth():
+    config = ModelConfig(
+        vocab_size=8, width=8, num_layers=6, num_heads=2, first_dense_layers=1, moe_every=2, moe=MoEConfig()
+    )
+    assert config.layer_kinds == ("dense", "dense", "moe", "dense", "moe", "dense")
+    assert config.num_moe_layers == 2
+
+
+def test_no_experts_means_dense_and_active_matched():
+    config = ModelConfig(
+        vocab_size=8, width=8, num_layers=2, num_heads=2,
+        moe=MoEConfig(num_experts=0, experts_per_token=2, expert_hidden=24),
+    )
+    assert config.layer_kinds == ("dense", "dense")
+    assert config.dense_hidden_size == 48
+
+
+def test_tokens_and_checkpoint_interval():
+    train = TrainConfig(steps=29_803, batch_size=1024, sequence_length=4096)
+    assert train.tokens == 29_803 * 1024 * 4096
+    assert train.checkpoint_interval == 2981
+
+
+@given(points=st.integers(1, 20), steps=st.integers(1, 500))
+def test_evaluation_steps_end_at_the_last_step(points, steps):
+    chosen = EvaluationConfig(points=points).steps_of(steps)
+    assert chosen[-1] == steps
+    assert list(chosen) == sorted(set(chosen))
+    assert chosen[0] >= 1
+    assert len(chosen) <= points
