@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
-from absl import app
+from absl import app, flags
 from ml_collections import config_flags
 
 from jaxmoe.config import SOURCE_KINDS, ConfigError, RunConfig, nearest
@@ -123,7 +123,7 @@ def run_with_config(main: Callable[[ml_collections.ConfigDict, tuple[str, ...]],
         if len(remaining) > 1:
             fail(ConfigError(f"unexpected argument {remaining[1]!r}; flags are written --name=value."))
         try:
-            return main(holder.value, tuple(config_flags.get_override_values(holder)))
+            return main(holder.value, tuple(config_flags.get_override_values(flags.FLAGS["config"])))
         except ConfigError as error:
             fail(error)
 

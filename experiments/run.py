@@ -9,13 +9,13 @@ Exit status: 0 done, 2 a mistake in the configuration, 75 stopped by a signal an
 from __future__ import annotations
 
 import json
-import logging
 import sys
 
 import ml_collections
 from absl import flags
 
 from experiments.flags import run_with_config
+from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError, nearest
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study, local or gs://. Default: runs/<study name>.")
@@ -49,9 +49,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
 
     from jaxmoe.scaling.runner import run_study
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("jaxmoe").setLevel(logging.INFO)
-    logging.getLogger("pallas_kernels").setLevel(logging.INFO)
+    log_to_terminal()
     workdir = _WORKDIR.value or f"runs/{study.name}"
     outcome = run_study(study, workdir, only=_MEMBER.value, resume=_RESUME.value)
     if outcome.status == "resumable":

@@ -19,7 +19,7 @@ import ml_collections
 from experiments.selection import select_members
 
 LEARNING_RATE = 6e-3
-INIT_STD = 0.05
+INIT_STD = 0.1
 ENDS = (2, 64)
 
 

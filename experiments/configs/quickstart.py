@@ -37,7 +37,7 @@ def get_config(selection: str = "") -> ml_collections.ConfigDict:
         "num_layers": 2,
         "num_heads": 4,
         "max_sequence_length": 32,
-        "init_std": 0.05,
+        "init_std": 0.1,
         "moe": {
             "num_experts": 8,
             "experts_per_token": 2,
@@ -54,7 +54,7 @@ def get_config(selection: str = "") -> ml_collections.ConfigDict:
         },
     }
     config.train = {
-        "steps": 700,
+        "steps": 900,
         "batch_size": 128,
         "sequence_length": 16,
         "learning_rate": 6e-3,
