@@ -223,8 +223,9 @@ class KnowledgeSource:
       weight: share of the batch's rows; relative to the other sources' weights. 0: evaluated, not trained on.
       entities: biographies in the training split.
       attributes: values per biography.
-      name_length: symbols in a name; names are distinct.
-      symbols: size of the alphabet that names and values are drawn from. One value holds log2(symbols) bits.
+      name_length: symbols in a name, or its words in English; names are distinct.
+      symbols: size of the alphabet that names and values are drawn from; one value holds log2(symbols) bits. Not
+        used in English.
       style: `symbols` writes one symbol per name part and value, `sentences` writes English.
       test_entities: biographies in the test split (never trained on: chance level).
       seed: None takes the run's seed.

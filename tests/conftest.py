@@ -4,7 +4,12 @@ import os
 import pathlib
 from collections.abc import Callable
 
+import hypothesis
 import pytest
+
+# The first example of a property compiles; no test depends on timing.
+hypothesis.settings.register_profile("jaxmoe", deadline=None)
+hypothesis.settings.load_profile("jaxmoe")
 
 SHARED = pathlib.Path(os.environ.get("JAXMOE_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
 

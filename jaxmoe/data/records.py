@@ -1,0 +1,195 @@
+"""Records of data files, one after the other, each with the place it stands at."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import gzip
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from jaxmoe.data.errors import DataError
+from jaxmoe.data.files import as_path, require_file
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".array_record")
+QUESTION_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
+
+_BROKEN = object()
+_log = logging.getLogger(__name__)
+
+
+class RecordErrors:
+    """What to do about records that cannot be used.
+
+    Attributes:
+      on_error: `raise` makes the first one a DataError; `skip` counts them.
+      skipped: how many, by reason.
+    """
+
+    def __init__(self, source: str, on_error: Literal["raise", "skip"]):
+        self.source, self.on_error = source, on_error
+        self.skipped: collections.Counter[str] = collections.Counter()
+        self._first = ""
+
+    @property
+    def total(self) -> int:
+        """Records skipped for any reason."""
+        return sum(self.skipped.values())
+
+    def report(self, location: str, reason: str, detail: str = "") -> None:
+        """Raises DataError, or counts the record at `location` as skipped for `reason`."""
+        message = f"{location}: {reason}{detail}."
+        if self.on_error == "raise":
+            raise DataError(f"{message} (on_error='skip' leaves such records out and counts them.)")
+        self._first = self._first or message
+        self.skipped[reason] += 1
+
+    def summarize(self, kept: int) -> None:
+        """Logs what was skipped, if anything was."""
+        if self.skipped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+            _log.warning(
+                "source %r: skipped %d of %d records (%s); the first: %s",
+                self.source, self.total, self.total + kept, reasons, self._first,
+            )
+
+
+def read_records(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
+    """The records of one file.
+
+    `.txt` is one record, the whole text. `.jsonl` and `.jsonl.gz` have one JSON value a line (blank lines are none),
+    `.json` is a list of values. A record of `.array_record` is JSON if it is a JSON object, else text.
+
+    Args:
+      path: local or gs://; its suffix decides the format.
+      errors: told of each record that cannot be read.
+
+    Yields:
+      (location, value); location is `file`, `file:line`, `file: item 3` or `file: record 3`.
+
+    Raises:
+      DataError: no such file, an empty one, one without records, one that cannot be read at all.
+    """
+    file = as_path(path)
+    require_file(file)
+    size = file.stat().length
+    if size == 0:
+        raise DataError(f"{path}: the file is empty.")
+    readers = {".txt": _text, ".jsonl": _lines, ".jsonl.gz": _lines, ".json": _items, ".array_record": _array_records}
+    reader = next(reader for suffix, reader in readers.items() if path.endswith(suffix))
+    records, broken = 0, errors.total
+    try:
+        for location, value in reader(path, errors):
+            records += 1
+            yield location, value
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if records == 0 and errors.total == broken:
+        raise DataError(f"{path}: the file has no records.")
+
+
+def string_field(location: str, value: Any, key: str, errors: RecordErrors) -> str | None:
+    """`value[key]`, which must be a string; None where it is not and `errors` lets it be skipped."""
+    if not isinstance(value, dict):
+        errors.report(location, "not a JSON object", f" but a {type(value).__name__}")
+    elif key not in value:
+        errors.report(location, f"no key {key!r}", f"; it has {', '.join(map(repr, value)) or 'none'}")
+    elif not isinstance(value[key], str):
+        errors.report(location, f"{key!r} is not a string", f" but a {type(value[key]).__name__}")
+    elif not _encodable(value[key]):
+        errors.report(location, f"{key!r} has half of a surrogate pair", ", which no UTF-8 text can")
+    else:
+        return value[key]
+    return None
+
+
+def _text(path: str, errors: RecordErrors) -> Iterator[tuple[str, str]]:
+    text = _decoded(path, as_path(path).read_bytes(), errors)
+    if text is not None:
+        yield path, text.removeprefix("\ufeff")
+
+
+def _lines(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
+    with as_path(path).open("rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as lines:
+        number = 0
+        try:
+            for number, line in enumerate(lines, start=1):
+                location = f"{path}:{number}"
+                line = line.strip() if number > 1 else line.removeprefix(b"\xef\xbb\xbf").strip()
+                text = _decoded(location, line, errors) if line else None
+                value = _BROKEN if text is None else _parsed(location, text, errors)
+                if value is not _BROKEN:
+                    yield location, value
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            errors.report(f"{path}:{number + 1}", "broken gzip data", f" ({error}); the rest of the file is lost")
+
+
+def _items(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
+    try:
+        values = json.loads(as_path(path).read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(values, list):
+        raise DataError(f"{path}: holds a {type(values).__name__}; a JSON list of objects is needed.")
+    for number, value in enumerate(values):
+        yield f"{path}: item {number}", value
+
+
+def _array_records(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
+    from array_record.python import array_record_module
+
+    with contextlib.ExitStack() as stack:
+        local = path
+        if "://" in path:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxmoe-"))
+            local = os.path.join(folder, os.path.basename(path))
+            with as_path(path).open("rb") as remote, open(local, "wb") as copy:
+                shutil.copyfileobj(remote, copy, 1 << 20)
+        reader = array_record_module.ArrayRecordReader(local, "readahead_buffer_size:0,max_parallelism:0")
+        if not reader.ok():
+            raise DataError(f"{path}: not an ArrayRecord file, or a damaged one.")
+        stack.callback(reader.close)
+        total, block = reader.num_records(), 256
+        for first in range(0, total, block):
+            for number, content in enumerate(reader.read(first, min(first + block, total)), start=first):
+                location = f"{path}: record {number}"
+                text = _decoded(location, content, errors)
+                if text is None:
+                    continue
+                try:
+                    value = json.loads(text) if text.lstrip().startswith("{") else text
+                except (ValueError, RecursionError):
+                    value = text
+                yield location, value
+
+
+def _decoded(location: str, content: bytes, errors: RecordErrors) -> str | None:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        errors.report(location, "not UTF-8", f" (byte 0x{content[error.start]:02x} at {error.start})")
+        return None
+
+
+def _parsed(location: str, text: str, errors: RecordErrors) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        errors.report(location, "not JSON", f" ({error.msg} at column {error.colno})")
+    except RecursionError:
+        errors.report(location, "not JSON", " (nested too deeply)")
+    return _BROKEN
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,108 @@
+"""Text from files: documents, tokenized once, shuffled each epoch, concatenated and cut into rows."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxmoe.config import TextSource
+from jaxmoe.data.cache import Corpus, cached_corpus
+from jaxmoe.data.errors import DataError
+from jaxmoe.data.files import expand, identity
+from jaxmoe.data.layouts import PackedLayout
+from jaxmoe.data.records import TEXT_SUFFIXES, RecordErrors, read_records, string_field
+from jaxmoe.data.source import Source
+from jaxmoe.data.tokenizers import Tokenizer, require_any_text
+
+_log = logging.getLogger(__name__)
+
+
+def text_source(
+    name: str,
+    config: TextSource,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    run_seed: int,
+    cache_dir: str | os.PathLike | None = None,
+    index: int = 0,
+) -> Source:
+    """Documents as packed rows (`PackedLayout`); every token weighs 1.
+
+    The test split is `config.test_paths`; where that is empty, the documents whose text hashes into the first
+    `test_fraction` of all hashes, so that equal documents are never on both sides.
+
+    Raises:
+      DataError: a missing, empty or unreadable file, a broken record, no document left to train on.
+    """
+    require_any_text(tokenizer, name)
+    corpus = _corpus(name, config, config.paths, tokenizer, cache_dir)
+    train, test = corpus.documents, None
+    content = [tokenizer.fingerprint.encode(), corpus.hashes.tobytes()]
+    skipped = dict(corpus.skipped)
+    if config.test_paths:
+        held_out = _corpus(name, config, config.test_paths, tokenizer, cache_dir)
+        test = held_out.documents
+        content.append(held_out.hashes.tobytes())
+        shared = int(np.isin(held_out.hashes, corpus.hashes).sum())
+        if shared:
+            _log.warning("source %r: %d of %d test documents are also in the training files.", name, shared, len(test))
+        for reason, count in held_out.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    elif config.test_fraction:
+        chosen = corpus.hashes < np.uint64(int(config.test_fraction * 2**64))
+        train, test = train.select(~chosen), train.select(chosen)
+        if not chosen.any():
+            _log.warning(
+                "source %r: test_fraction=%s holds out none of %d documents; for a validation loss, name test_paths.",
+                name, config.test_fraction, len(chosen),
+            )
+    layouts = {"train": PackedLayout(train, sequence_length, tokenizer.pad_id)}
+    if layouts["train"].row_count == 0:
+        raise DataError(
+            f"source {name!r}: none of its {len(corpus.documents)} documents is left for training at "
+            f"test_fraction={config.test_fraction}; lower it, or name test_paths."
+        )
+    if test is not None and len(test):
+        layouts["test"] = PackedLayout(test, sequence_length, tokenizer.pad_id)
+    return Source(name, config, layouts, seed=run_seed, content=content, index=index, skipped=skipped)
+
+
+def read_texts(paths: Sequence[str], text_key: str, errors: RecordErrors) -> Iterator[str]:
+    """The documents of files, in order.
+
+    Args:
+      paths: existing files, as `expand` gives them.
+      text_key: the field of a JSON record that holds the text.
+      errors: told of records that cannot be used; empty texts are skipped and counted whatever it does.
+    """
+    for path in paths:
+        for location, value in read_records(path, errors):
+            plain = isinstance(value, str) and path.endswith((".txt", ".array_record"))
+            text = value if plain else string_field(location, value, text_key, errors)
+            if text:
+                yield text
+            elif text is not None:
+                errors.skipped["empty text"] += 1
+
+
+def _corpus(
+    name: str, config: TextSource, patterns: Sequence[str], tokenizer: Tokenizer, cache_dir: str | os.PathLike | None
+) -> Corpus:
+    paths = expand(patterns, TEXT_SUFFIXES)
+    errors = RecordErrors(name, config.on_error)
+
+    def texts() -> Iterator[str]:
+        count = 0
+        for text in read_texts(paths, config.text_key, errors):
+            count += 1
+            yield text
+        errors.summarize(count)
+        if count == 0:
+            raise DataError(f"source {name!r}: {', '.join(paths)}: no record has any text.")
+
+    key = {"files": [identity(path) for path in paths], "text_key": config.text_key, "on_error": config.on_error}
+    return cached_corpus(cache_dir, key, texts, tokenizer, errors.skipped)
