@@ -9,6 +9,7 @@ Exit status: 0 done, 2 a mistake in the configuration, 75 stopped by a signal an
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 
 import ml_collections
@@ -51,7 +52,8 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
 
     log_to_terminal()
     workdir = _WORKDIR.value or f"runs/{study.name}"
-    outcome = run_study(study, workdir, only=_MEMBER.value, resume=_RESUME.value)
+    command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
+    outcome = run_study(study, workdir, only=_MEMBER.value, resume=_RESUME.value, command=command)
     if outcome.status == "resumable":
         print(f"stopped by a signal; nothing is lost. Run the same command again to go on ({workdir}).")
         return RESUMABLE

@@ -49,12 +49,12 @@ def get_config(selection: str = "") -> ml_collections.ConfigDict:
     config.data = {
         "tokenizer": "symbols",
         "sources": {
-            "knowledge": {"kind": "knowledge", "weight": 1.0, "entities": 4000},
+            "knowledge": {"kind": "knowledge", "weight": 1.0, "entities": 3000},
             "reasoning": {"kind": "reasoning", "weight": 1.0, "problems": 3000, "corruption": 0.2},
         },
     }
     config.train = {
-        "steps": 900,
+        "steps": 1000,
         "batch_size": 128,
         "sequence_length": 16,
         "learning_rate": 6e-3,

@@ -1,0 +1,27 @@
+"""Evaluation: task loss, accuracy, validation loss, and the records that hold them."""
+
+from jaxmoe.evaluation.checkpoint import checkpoint_context
+from jaxmoe.evaluation.evaluate import evaluate_all
+from jaxmoe.evaluation.generation import GenerationScore, generation_accuracy, greedy_answers
+from jaxmoe.evaluation.records import Record, make_record, validate_record, write_record, write_records
+from jaxmoe.evaluation.scoring import ExampleScores, TaskScore, score_each, score_examples
+from jaxmoe.evaluation.validation import ValidationScore, validation_loss
+
+__all__ = [
+    "ExampleScores",
+    "GenerationScore",
+    "Record",
+    "TaskScore",
+    "ValidationScore",
+    "checkpoint_context",
+    "evaluate_all",
+    "generation_accuracy",
+    "greedy_answers",
+    "make_record",
+    "score_each",
+    "score_examples",
+    "validate_record",
+    "validation_loss",
+    "write_record",
+    "write_records",
+]

@@ -1,0 +1,61 @@
+"""Evaluating a run from its newest checkpoint, apart from training."""
+
+from __future__ import annotations
+
+import os
+
+from etils import epath
+
+from jaxmoe.config import RunConfig
+from jaxmoe.data import Mixture, load_tokenizer
+from jaxmoe.training import Checkpoints, EvaluationContext, init_state
+from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
+
+
+def checkpoint_context(
+    run: RunConfig, directory: epath.PathLike, *, cache_dir: str | os.PathLike | None = None
+) -> EvaluationContext | None:
+    """What an evaluator needs, at the step of the newest checkpoint; None if there is no checkpoint.
+
+    What training saw just then is not known any more: `training_loss` and `expert_load` are None.
+
+    Args:
+      run: the configuration.
+      directory: of the run.
+      cache_dir: where tokenized text is kept if the configuration does not say.
+
+    Raises:
+      CheckpointError: the checkpoints are of another model, or cannot be read.
+    """
+    directory = epath.Path(directory)
+    if not (directory / CHECKPOINT_DIRECTORY).exists():
+        return None
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    graphdef, state = init_state(run)
+    with Checkpoints(directory / CHECKPOINT_DIRECTORY, run.train.keep_checkpoints) as checkpoints:
+        restored = checkpoints.restore(state)
+    if restored is None:
+        return None
+    mixture = Mixture(
+        run.data,
+        batch_size=run.train.batch_size,
+        sequence_length=run.train.sequence_length,
+        steps=run.train.steps,
+        seed=run.seed,
+        tokenizer=tokenizer,
+        cache_dir=cache_dir,
+    )
+    return EvaluationContext(
+        run=run,
+        directory=directory,
+        step=restored.step,
+        graphdef=graphdef,
+        params=restored.state.params,
+        others=restored.state.others,
+        mixture=mixture,
+        tokenizer=tokenizer,
+        training_loss=None,
+        source_losses={},
+        expert_load=None,
+        dropped_fraction=0.0,
+    )

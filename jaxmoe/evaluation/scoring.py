@@ -1,0 +1,189 @@
+"""Task loss and accuracy of prompt-answer examples under teacher forcing.
+
+The rule is that of the study's task-loss code (arXiv 2508.18672, `taskloss-eval`): with text = prompt + answer, the
+answer's tokens are those from position len(encode(prompt)) of encode(text) on; bits per token divides their summed
+negative log-likelihood by their number, bits per byte by the UTF-8 bytes of the answer, and both are averaged over
+examples (macro mean). Rows are as in training: no beginning token, and the end token is not scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxmoe.data import Example, Tokenizer, encode_examples
+from jaxmoe.evaluation.forward import Evaluator, batches_of
+from jaxmoe.models import Decoder
+
+SHORTEST_ROW = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleScores:
+    """What teacher forcing gives for n examples, in their order.
+
+    Attributes:
+      nll: nats of each whole answer.
+      answer_tokens, answer_bytes: length of each answer.
+      correct_tokens: answer tokens that were the likeliest given the true ones before them.
+      index: which of the examples given these are; the others were skipped.
+      skipped: examples too long for the model, or without a token to score.
+      dropped_fraction: share of expert assignments dropped; 0, since evaluation has no capacity limit.
+    """
+
+    nll: Float[np.ndarray, " n"]
+    answer_tokens: Int[np.ndarray, " n"]
+    answer_bytes: Int[np.ndarray, " n"]
+    correct_tokens: Int[np.ndarray, " n"]
+    index: Int[np.ndarray, " n"]
+    skipped: int
+    dropped_fraction: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """Scores of a set of examples. Standard errors are over examples; NaN where there is no example.
+
+    Attributes:
+      bits_per_token, bits_per_byte: mean over examples of each answer's bits per token, per UTF-8 byte.
+      loss: nats per answer token, pooled over all tokens of all answers.
+      token_accuracy: share of all answer tokens that are the likeliest, given the true answer up to them.
+      exact_match: share of answers all of whose tokens are; equal to exact match of greedy decoding.
+      examples, skipped, answer_tokens, answer_bytes: counts.
+      dropped_fraction: as in `ExampleScores`.
+    """
+
+    bits_per_token: float
+    bits_per_token_standard_error: float
+    bits_per_byte: float
+    loss: float
+    token_accuracy: float
+    token_accuracy_standard_error: float
+    exact_match: float
+    exact_match_standard_error: float
+    examples: int
+    skipped: int
+    answer_tokens: int
+    answer_bytes: int
+    dropped_fraction: float
+
+    @classmethod
+    def from_examples(cls, scores: ExampleScores) -> TaskScore:
+        """Means and standard errors over examples."""
+        bits = scores.nll / math.log(2)
+        per_token = bits / scores.answer_tokens
+        exact = (scores.correct_tokens == scores.answer_tokens).astype(np.float64)
+        return cls(
+            bits_per_token=_mean(per_token),
+            bits_per_token_standard_error=ratio_standard_error(per_token, np.ones_like(per_token)),
+            bits_per_byte=_mean(bits / np.maximum(scores.answer_bytes, 1)),
+            loss=_ratio(scores.nll, scores.answer_tokens),
+            token_accuracy=_ratio(scores.correct_tokens, scores.answer_tokens),
+            token_accuracy_standard_error=ratio_standard_error(scores.correct_tokens, scores.answer_tokens),
+            exact_match=_mean(exact),
+            exact_match_standard_error=ratio_standard_error(exact, np.ones_like(exact)),
+            examples=len(scores.nll),
+            skipped=scores.skipped,
+            answer_tokens=int(scores.answer_tokens.sum()),
+            answer_bytes=int(scores.answer_bytes.sum()),
+            dropped_fraction=scores.dropped_fraction,
+        )
+
+
+def score_examples(
+    model: Decoder, examples: Sequence[Example], tokenizer: Tokenizer, *, batch_size: int = 128
+) -> TaskScore:
+    """Task loss and accuracy of `model` on `examples`; see `TaskScore` and this module's docstring.
+
+    Args:
+      model: evaluated without capacity limits, whatever its configuration says.
+      examples: any lengths; those over the model's max_sequence_length are skipped and counted.
+      tokenizer: the model's.
+      batch_size: rows at once, at most.
+    """
+    return TaskScore.from_examples(score_each(model, examples, tokenizer, batch_size=batch_size))
+
+
+def score_each(
+    model: Decoder, examples: Sequence[Example], tokenizer: Tokenizer, *, batch_size: int = 128
+) -> ExampleScores:
+    """`score_examples` before averaging: one entry for each example that could be scored."""
+    evaluator = Evaluator(model)
+    tokens, answer_starts = encode_examples(tokenizer, examples)
+    lengths = np.array([len(ids) - 1 for ids in tokens], np.int64)
+    starts = np.array(answer_starts, np.int64)
+    # Without a token before it nothing predicts the first answer token.
+    scorable = (starts >= 1) & (lengths >= starts) & (lengths <= model.config.max_sequence_length)
+    nll, correct = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+    for length, members in length_buckets(lengths, scorable, model.config.max_sequence_length).items():
+        rows = evaluator.rows_together(min(batch_size, 1 << (len(members) - 1).bit_length()), length)
+        for chosen, present in batches_of(len(members), rows):
+            batch = _padded([tokens[member] for member in members[chosen]], length, tokenizer.pad_id)
+            losses, right = evaluator(batch)
+            in_answer = np.arange(length) >= starts[members[chosen]][:, None] - 1
+            group = members[chosen[:present]]
+            nll[group] = np.where(in_answer, losses, 0).sum(1, dtype=np.float64)[:present]
+            correct[group] = (in_answer & right).sum(1)[:present]
+    index = np.flatnonzero(scorable)
+    answer_bytes = np.array([len(example.answer.encode()) for example in examples], np.int64)
+    return ExampleScores(
+        nll=nll[index],
+        answer_tokens=(lengths + 1 - starts)[index],
+        answer_bytes=answer_bytes[index],
+        correct_tokens=correct[index],
+        index=index,
+        skipped=len(examples) - len(index),
+        dropped_fraction=evaluator.dropped_fraction,
+    )
+
+
+def padded_length(length: int | np.ndarray, longest: int) -> np.ndarray:
+    """The row length that an item is padded to: `SHORTEST_ROW` times a power of two, or `longest`.
+
+    So the number of shapes to compile grows with the logarithm of the longest item only.
+    """
+    exponent = np.ceil(np.log2(np.maximum(length, SHORTEST_ROW) / SHORTEST_ROW)).astype(np.int64)
+    return np.minimum(SHORTEST_ROW * 2**exponent, longest)
+
+
+def length_buckets(
+    lengths: Int[np.ndarray, " n"], keep: Bool[np.ndarray, " n"], longest: int
+) -> Mapping[int, Int[np.ndarray, " m"]]:
+    """Indices of the kept items by `padded_length`."""
+    padded = padded_length(lengths, longest)
+    return {int(length): np.flatnonzero(keep & (padded == length)) for length in np.unique(padded[keep])}
+
+
+def _padded(tokens: Sequence[Sequence[int]], length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """One example a row, right-padded: inputs are all but its last token, targets all but its first."""
+    inputs = np.full((len(tokens), length), pad_id, np.int32)
+    targets, segment_ids = inputs.copy(), np.zeros_like(inputs)
+    for row, ids in enumerate(tokens):
+        inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+        segment_ids[row, : len(ids) - 1] = 1
+    return {"inputs": inputs, "targets": targets, "segment_ids": segment_ids}
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
+    return float(np.sum(numerators) / np.sum(denominators)) if len(denominators) else math.nan
+
+
+def ratio_standard_error(numerators: np.ndarray, denominators: np.ndarray) -> float:
+    """Standard error of sum(numerators) / sum(denominators) over independent items (linearized ratio estimator).
+
+    With denominators of one it is that of a mean; with 0 and 1 as numerators besides, the binomial one (with n - 1).
+    NaN for fewer than two items.
+    """
+    count = len(numerators)
+    if count < 2:
+        return math.nan
+    residuals = numerators - numerators.sum() / denominators.sum() * denominators
+    return float(np.sqrt(count / (count - 1) * np.sum(residuals**2)) / denominators.sum())

@@ -1,0 +1,178 @@
+"""Everything about a study that can go wrong and can be known before its first step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from etils import epath
+
+from jaxmoe import accounting
+from jaxmoe.config import ConfigError, config_hash, to_dict
+from jaxmoe.data import Mixture, Tokenizer, load_tokenizer
+from jaxmoe.evaluation.records import read_json
+from jaxmoe.scaling.study import HEADLINE_SLICE, Member, Study
+from jaxmoe.training import CONFIG_FILE, claim_directory
+
+DONE_FILE = "DONE"
+STUDY_FILE = "study.json"
+Resume = Literal["auto", "force"]
+
+
+def preflight(
+    study: Study,
+    members: Sequence[Member],
+    workdir: epath.PathLike,
+    *,
+    resume: Resume = "auto",
+    cache_dir: str | os.PathLike | None = None,
+) -> None:
+    """Checks the study, its folder, its data and the disk, without training or building a model.
+
+    Args:
+      study: checked whole.
+      members: those about to be trained.
+      workdir: of the study; made if it is not there.
+      resume: `force` accepts folders of another configuration.
+      cache_dir: where tokenized text is kept if the configuration does not say.
+
+    Raises:
+      ConfigError: with the member, the value and what would be accepted; DataError, which is one, for a data file
+        that is missing, empty or broken.
+    """
+    study.check()
+    workdir = epath.Path(workdir)
+    _check_writable(workdir)
+    if resume != "force":
+        _check_same_study(workdir, study)
+        for member in members:
+            if (workdir / member.name / CONFIG_FILE).exists():
+                claim_directory(workdir / member.name, member.config)
+    waiting = [member for member in members if not is_done(workdir / member.name, member)]
+    check_data(waiting, cache_dir)
+    _check_space(workdir, waiting)
+
+
+def is_done(directory: epath.Path, member: Member) -> bool:
+    """Whether a member was trained to its end with this very configuration."""
+    done = directory / DONE_FILE
+    return done.exists() and read_json(done).get("config_hash") == config_hash(member.config)
+
+
+def check_data(members: Sequence[Member], cache_dir: str | os.PathLike | None = None) -> None:
+    """Loads every tokenizer and builds every data configuration once.
+
+    Raises:
+      ConfigError: with the member that first needs what is missing.
+    """
+    tokenizers: dict[str, Tokenizer] = {}
+    built: set[str] = set()
+    for member in members:
+        config = member.config
+        with _naming(member):
+            spec = config.data.tokenizer
+            if spec not in tokenizers:
+                tokenizers[spec] = load_tokenizer(spec)
+            size = tokenizers[spec].vocab_size
+            if size > config.model.vocab_size:
+                raise ConfigError(
+                    f"model.vocab_size={config.model.vocab_size} but tokenizer {spec!r} has {size} tokens; "
+                    f"model.vocab_size={size} or more is needed."
+                )
+            key = config_hash({"data": to_dict(config.data), "length": config.train.sequence_length})
+            if key not in built:
+                built.add(key)
+                Mixture(
+                    config.data,
+                    batch_size=config.train.batch_size,
+                    sequence_length=config.train.sequence_length,
+                    steps=config.train.steps,
+                    seed=member.seed,
+                    tokenizer=tokenizers[spec],
+                    cache_dir=cache_dir,
+                )
+
+
+@contextlib.contextmanager
+def _naming(member: Member) -> Iterator[None]:
+    """Errors of configuration, those of data among them, start with the member's name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise type(error)(f"member {member.name!r}: {error}") from error
+
+
+def _check_writable(workdir: epath.Path) -> None:
+    probe = workdir / f".writable.{os.getpid()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"workdir {workdir} cannot be written to: {error}.") from error
+
+
+def _check_same_study(workdir: epath.Path, study: Study) -> None:
+    path = workdir / STUDY_FILE
+    if path.exists():
+        name = read_json(path).get("name")
+        if name != study.name:
+            raise ConfigError(
+                f"{workdir} belongs to another study: study.name is {name!r} in the folder, {study.name!r} now. "
+                "Take another folder, or give --resume=force to add this one's members to it."
+            )
+
+
+def checkpoint_bytes(member: Member) -> int:
+    """Size of one checkpoint: parameters and two moments, float32."""
+    memory = accounting.memory_bytes(member.config.model, member.config.train)
+    return memory.weights + memory.optimizer
+
+
+def _check_space(workdir: epath.Path, members: Sequence[Member]) -> None:
+    """Checkpoints that stay, and one more while it is being written."""
+    if "://" in str(workdir) or not members:
+        return
+    kept = sum(checkpoint_bytes(member) * member.config.train.keep_checkpoints for member in members)
+    needed = kept + max(map(checkpoint_bytes, members))
+    free = shutil.disk_usage(workdir).free
+    if needed > free:
+        raise ConfigError(
+            f"no space left for the checkpoints of {len(members)} members: about {_size(needed)} are needed in "
+            f"{workdir}, {_size(free)} are free. Free space, take another folder, or lower train.keep_checkpoints."
+        )
+
+
+def _size(count: int) -> str:
+    value: float = count
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def study_file_contents(study: Study, workdir: epath.Path, command: str | None = None) -> dict[str, Any]:
+    """What `study.json` shall hold: the study, and members of earlier calls whose folders are there.
+
+    So that running one slice after another in a folder adds to it, and nothing that was trained is forgotten.
+    """
+    contents = study.summary()
+    path = workdir / STUDY_FILE
+    earlier = read_json(path) if path.exists() else {}
+    own = {member["name"]: member for member in contents["members"]}
+    merged: dict[str, Any] = {}
+    for member in earlier.get("members", ()):
+        if member["name"] in own or (workdir / member["name"]).exists():
+            merged[member["name"]] = member
+    merged.update(own)
+    contents["members"] = list(merged.values())
+    slices = dict.fromkeys(name for member in contents["members"] for name in member["slices"])
+    known = {**earlier.get("slices", {}), **contents["slices"]}
+    contents["slices"] = {name: known.get(name, {}) for name in slices}
+    contents["headline"] = HEADLINE_SLICE if HEADLINE_SLICE in slices else contents["headline"]
+    contents["command"] = command if command is not None else earlier.get("command")
+    return contents

@@ -1,0 +1,217 @@
+"""Runs a study: every member trained, evaluated and recorded, from wherever that stopped.
+
+The study's folder is the only state:
+
+    study.json                      what the study is, with a summary of every member
+    MEMBER/config.json              the member's complete configuration
+    MEMBER/metrics.jsonl ...        written by `jaxmoe.training.train`
+    MEMBER/records/*.json           what was measured
+    MEMBER/DONE                     step, loss and configuration hash of a finished member
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from typing import Literal
+
+from etils import epath
+
+from jaxmoe.config import ConfigError, RunConfig, config_hash
+from jaxmoe.evaluation import checkpoint_context, evaluate_all, write_records
+from jaxmoe.evaluation.records import read_json, write_json
+from jaxmoe.scaling.preflight import DONE_FILE, STUDY_FILE, Resume, is_done, preflight, study_file_contents
+from jaxmoe.scaling.study import Member, Study
+from jaxmoe.training import EvaluationContext, NoSpaceLeftError, ProgressReporter, TrainingError, train
+
+logger = logging.getLogger(__name__)
+
+CACHE_DIRECTORY = "cache"
+
+
+@dataclasses.dataclass(frozen=True)
+class MemberResult:
+    """How a member ended.
+
+    Attributes:
+      name: of the member.
+      status: `done` now, `skipped` because it was done before, `resumable` after a signal, `failed`, or `pending`
+        if its turn did not come.
+      step, loss: where it stands, nats per token; None where that is not known.
+      error: of a failed member.
+      fatal: whether the others would fail in the same way, as on a full disk.
+    """
+
+    name: str
+    status: Literal["done", "skipped", "resumable", "failed", "pending"]
+    step: int | None = None
+    loss: float | None = None
+    error: str | None = None
+    fatal: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyResult:
+    """How a study ended: `status` and each member's result, in order."""
+
+    members: tuple[MemberResult, ...]
+
+    @property
+    def status(self) -> Literal["done", "resumable", "failed"]:
+        """`failed` if a member failed, else `resumable` if anything is left to do, else `done`."""
+        statuses = {member.status for member in self.members}
+        if "failed" in statuses:
+            return "failed"
+        return "resumable" if statuses & {"resumable", "pending"} else "done"
+
+    def __str__(self) -> str:
+        lines = []
+        for member in self.members:
+            details = [f"step {member.step}"] if member.step is not None else []
+            details += [f"loss {member.loss:.4f}"] if member.loss is not None else []
+            details += [member.error] if member.error else []
+            lines.append(f"{member.name}: {member.status}" + (f" ({', '.join(details)})" if details else ""))
+        return "\n".join(lines)
+
+
+def run_study(
+    study: Study,
+    workdir: epath.PathLike,
+    *,
+    only: str | None = None,
+    resume: Resume = "auto",
+    progress: ProgressReporter | None = None,
+    command: str | None = None,
+) -> StudyResult:
+    """Trains and evaluates the members of a study, one after the other. Called again, it goes on.
+
+    Args:
+      study: its members, in order.
+      workdir: the study's folder, local or gs://.
+      only: train this member alone.
+      resume: `force` goes on in folders of another configuration, from the checkpoints that are there.
+      progress: to report to; None makes one that writes to stderr.
+      command: how a person would start this, for `study.json`.
+
+    Returns:
+      How each member ended. A member that fails does not keep the others from being trained; a full disk does.
+
+    Raises:
+      ConfigError: known before anything is trained.
+    """
+    workdir = epath.Path(workdir)
+    members = study.members if only is None else (study.member(only),)
+    cache_dir = None if "://" in str(workdir) else os.fspath(workdir / CACHE_DIRECTORY)
+    preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
+    write_json(workdir / STUDY_FILE, study_file_contents(study, workdir, command))
+    results: list[MemberResult] = []
+    with _reporting(progress) as progress:
+        finished = sum(member.config.train.steps for member in members if is_done(workdir / member.name, member))
+        progress.study(sum(member.config.train.steps for member in members), finished)
+        for member in members:
+            result = _attempt(member, workdir, study.name, resume, progress, cache_dir)
+            results.append(result)
+            if result.status == "skipped":
+                progress.note(f"{member.name}: done before, skipped")
+            elif result.status == "failed":
+                progress.note(f"{member.name}: failed: {result.error}")
+            if result.status == "resumable" or result.fatal:
+                break
+    waiting = [MemberResult(member.name, "pending") for member in members[len(results) :]]
+    return StudyResult(tuple(results + waiting))
+
+
+def run_member(
+    member: Member,
+    study_dir: epath.PathLike,
+    *,
+    study_name: str | None = None,
+    resume: Resume = "auto",
+    progress: ProgressReporter | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> MemberResult:
+    """Trains and evaluates one member; skips it if it is done.
+
+    Args:
+      member: of a study.
+      study_dir: the study's folder; the member's is in it.
+      study_name: for the records; None: the folder's name.
+      resume, progress: as in `run_study`.
+      cache_dir: where tokenized text is kept if the configuration does not say.
+
+    Raises:
+      ConfigError: the member's folder is of another configuration; the message lists the differences.
+      TrainingError: training cannot go on.
+    """
+    directory = epath.Path(study_dir) / member.name
+    if is_done(directory, member):
+        done = read_json(directory / DONE_FILE)
+        return MemberResult(member.name, "skipped", done["step"], done["loss"])
+    labels = {
+        "study": epath.Path(study_dir).name if study_name is None else study_name,
+        "arm": member.arm,
+        "slices": ",".join(member.slices),
+    }
+
+    def evaluate(context: EvaluationContext) -> None:
+        write_records(directory, evaluate_all(context, labels))
+
+    result = train(
+        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume
+    )
+    if result.status == "resumable":
+        return MemberResult(member.name, "resumable", result.step, result.loss)
+    if not _has_records(directory, member.config):
+        context = checkpoint_context(member.config, directory, cache_dir=cache_dir)
+        if context is not None:
+            evaluate(context)
+    done = {
+        "member": member.name,
+        "step": result.step,
+        "loss": result.loss,
+        "config_hash": config_hash(member.config),
+    }
+    write_json(directory / DONE_FILE, done)
+    return MemberResult(member.name, "done", result.step, result.loss)
+
+
+def _attempt(
+    member: Member,
+    workdir: epath.Path,
+    study_name: str,
+    resume: Resume,
+    progress: ProgressReporter,
+    cache_dir: str | None,
+) -> MemberResult:
+    """`run_member`, with what goes wrong as a result."""
+    try:
+        return run_member(
+            member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir
+        )
+    except (ConfigError, TrainingError) as error:
+        logger.error("%s: %s", member.name, error)
+        fatal = isinstance(error, NoSpaceLeftError)
+        return MemberResult(member.name, "failed", error=str(error), fatal=fatal)
+    except Exception as error:
+        logger.exception("%s failed", member.name)
+        return MemberResult(member.name, "failed", error=f"{type(error).__name__}: {error}")
+
+
+def _has_records(directory: epath.Path, run: RunConfig) -> bool:
+    """Whether the last step was evaluated with this configuration."""
+    folder = directory / "records"
+    last = folder.glob(f"*-{run.train.steps:08d}.json") if folder.exists() else ()
+    return any(read_json(path)["config_hash"] == config_hash(run) for path in last)
+
+
+@contextlib.contextmanager
+def _reporting(progress: ProgressReporter | None) -> Iterator[ProgressReporter]:
+    """The given reporter as it is, or one that is closed at the end."""
+    if progress is not None:
+        yield progress
+        return
+    with ProgressReporter() as own:
+        yield own

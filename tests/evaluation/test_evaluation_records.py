@@ -1,0 +1,103 @@
+"""Records: schema, file names, atomic writes."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.evaluation import records
+from jaxmoe.evaluation.records import make_record, read_json, record_file, validate_record, write_json, write_record
+
+
+def identity(**changes):
+    fields = {
+        "study": "s", "member": "E2-seed0", "arm": "E2", "slices": "main,topk", "seed": 0, "evaluation": "task",
+        "source": "reasoning", "split": "test", "step": 600, "tokens": 1200, "total_parameters": 100,
+        "active_parameters": 50, "flops_per_token": 300, "tokens_per_parameter": 12.0, "sparsity": 0.5,
+        "num_experts": 4, "experts_per_token": 2, "learning_rate": 1e-3, "init_std": 0.02, "config_hash": "ab",
+        "device": "cpu x1", "dropped_fraction": 0.0,
+    }  # fmt: skip
+    return {**fields, **changes}
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path):
+    record = make_record(identity(), {"loss": np.float32(0.5), "examples": np.int64(7), "bits": jnp.float32(2.0)})
+    path = write_record(tmp_path, record)
+    assert path.name == "task-reasoning-test-00000600.json"
+    assert json.loads(path.read_text()) == {**identity(), "loss": 0.5, "examples": 7, "bits": 2.0}
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    record = make_record(identity(), {"loss": float("nan"), "bits": np.float32("inf")})
+    assert record["loss"] is None
+    assert record["bits"] is None
+    assert "NaN" not in write_record(tmp_path, record).read_text()
+
+
+def test_writing_again_replaces(tmp_path):
+    write_record(tmp_path, make_record(identity(), {"loss": 1.0}))
+    write_record(tmp_path, make_record(identity(), {"loss": 2.0}))
+    files = list((tmp_path / "records").iterdir())
+    assert [json.loads(file.read_text())["loss"] for file in files] == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"step": 1.5}, "step=1.5"),
+        ({"step": True}, "step=True"),
+        ({"evaluation": "tasks"}, "Did you mean 'task'"),
+        ({"loss": float("nan")}, "not finite"),
+        ({"loss": [1.0]}, "flat"),
+    ],
+)
+def test_a_record_that_breaks_the_schema_is_refused_and_not_written(tmp_path, broken, message):
+    with pytest.raises(ValueError, match=message):
+        write_record(tmp_path, identity(**broken))
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_missing_field_is_named():
+    record = identity()
+    del record["seed"]
+    with pytest.raises(ValueError, match="'seed'"):
+        validate_record(record)
+
+
+def test_a_number_may_not_replace_the_identity():
+    with pytest.raises(ValueError, match="step"):
+        make_record(identity(), {"step": 3})
+
+
+def test_arrays_are_refused_except_the_expert_load():
+    with pytest.raises(ValueError, match="scalars only"):
+        make_record(identity(), {"loss": np.zeros(2)})
+    record = make_record(identity(), {"expert_load": np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)})
+    assert record["expert_load"] == [[0.25, 0.75], [0.5, 0.5]]
+
+
+def test_different_sources_never_share_a_file():
+    names = {record_file(identity(source=source)) for source in ("a/b", "a_b", "a b", "a%2Fb", "ab")}
+    assert len(names) == 5
+    assert not any("/" in name for name in names)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
+    path = tmp_path / "value.json"
+    write_json(path, {"old": 1})
+
+    def failing(self, target):
+        raise OSError("no")
+
+    monkeypatch.setattr(type(records.epath.Path(tmp_path)), "replace", failing)
+    with pytest.raises(OSError, match="no"):
+        write_json(path, {"new": 2})
+    assert read_json(path) == {"old": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json is not JSON"):
+        read_json(tmp_path / "x.json")

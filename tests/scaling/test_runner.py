@@ -1,0 +1,290 @@
+"""Running a study: what is written, resumed, skipped, refused; nothing that was done is lost."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+
+import pytest
+
+from jaxmoe.config import ConfigError, config_hash
+from jaxmoe.scaling import Study, preflight, read_records, results_table, run_member, run_study, runner
+from jaxmoe.training import NoSpaceLeftError, ProgressReporter
+
+CONFIG = {
+    "study": {"name": "tiny", "title": "Tiny", "held_fixed": {"tokens": 0.0}},
+    "model": {
+        "vocab_size": 280, "width": 16, "num_layers": 1, "num_heads": 2, "max_sequence_length": 16, "init_std": 0.1,
+        "moe": {"num_experts": 4, "experts_per_token": 2, "expert_hidden": 8, "capacity_factor": 0.5},
+    },
+    "data": {
+        "tokenizer": "symbols",
+        "sources": {
+            "knowledge": {"kind": "knowledge", "entities": 50, "test_entities": 8},
+            "reasoning": {"kind": "reasoning", "problems": 50, "test_problems": 8, "corruption": 0.2},
+        },
+    },
+    "train": {"steps": 8, "batch_size": 4, "sequence_length": 16, "learning_rate": 1e-2, "log_every": 1,
+              "checkpoint_every": 2},
+    "evaluation": {"points": 2, "examples": 8, "batch_size": 8, "validation_rows": 8},
+    "members": {"first": {}, "second": {"train": {"learning_rate": 2e-2}}},
+}  # fmt: skip
+
+
+def study_of(**values):
+    """The study with entries set by dotted path, `__` for the dots."""
+    config = copy.deepcopy(CONFIG)
+    for path, value in values.items():
+        *sections, last = path.split("__")
+        place = config
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return Study.from_config_dict(config)
+
+
+def contents(folder):
+    """Every file that a run writes for good, except what tells the time."""
+    keep = [*folder.glob("*/metrics.jsonl"), *folder.glob("*/records/*.json"), *folder.glob("*/DONE")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in keep}
+
+
+class Stopping(ProgressReporter):
+    """Asks the run to stop as a scheduler would, once a member has done `step` steps."""
+
+    def __init__(self, member, step):
+        super().__init__(terminal=False)
+        self.where, self.at, self.now = member, step, None
+
+    def member(self, name, total, done=0):
+        super().member(name, total, done)
+        self.now = name
+
+    def advance(self, step, *args, **kwargs):
+        super().advance(step, *args, **kwargs)
+        if (self.now, step) == (self.where, self.at):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run_study(study_of(), folder)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished study that a test may change."""
+    return shutil.copytree(finished[0], tmp_path / "study")
+
+
+def test_every_member_is_trained_evaluated_and_marked_done(finished):
+    folder, result = finished
+    assert result.status == "done"
+    assert [(member.name, member.status, member.step) for member in result.members] == [
+        ("first", "done", 8), ("second", "done", 8),
+    ]  # fmt: skip
+    for member in study_of().members:
+        done = json.loads((folder / member.name / "DONE").read_text())
+        last = json.loads((folder / member.name / "metrics.jsonl").read_text().splitlines()[-1])
+        assert done == {
+            "member": member.name, "step": 8, "loss": last["loss"], "config_hash": config_hash(member.config),
+        }  # fmt: skip
+        saved = json.loads((folder / member.name / "config.json").read_text())
+        assert saved["train"]["steps"] == 8
+        assert saved["model"]["moe"]["score_order"] == "topk_then_softmax", "defaults are written out"
+
+
+def test_records_are_complete_and_labelled(finished):
+    records = read_records(finished[0])
+    expected = {("training", source, "train") for source in ("all", "knowledge", "reasoning")}
+    expected |= {(kind, source, split) for kind in ("validation", "task") for source in ("knowledge", "reasoning")
+                 for split in ("train", "test")}  # fmt: skip
+    expected |= {("task", "reasoning", "train_clean")}
+    for member in ("first", "second"):
+        for step in (4, 8):
+            own = [entry for entry in records if (entry["member"], entry["step"]) == (member, step)]
+            assert {(entry["evaluation"], entry["source"], entry["split"]) for entry in own} == expected
+            assert all(entry["tokens"] == step * 4 * 16 and entry["study"] == "tiny" for entry in own)
+    assert all(entry["dropped_fraction"] == 0 for entry in records if entry["evaluation"] != "training")
+    assert any(entry["dropped_fraction"] > 0 for entry in records if entry["evaluation"] == "training")
+
+
+def test_the_records_say_what_the_logs_say(finished):
+    folder, _ = finished
+    lines = [json.loads(line) for line in (folder / "first" / "metrics.jsonl").read_text().splitlines()]
+    records = {(entry["evaluation"], entry["source"], entry["split"], entry["step"]): entry
+               for entry in read_records(folder) if entry["member"] == "first"}  # fmt: skip
+    record = records["training", "all", "train", 8]
+    window = lines[-record["averaging_steps"] :]
+    assert record["loss"] == pytest.approx(sum(line["loss"] for line in window) / len(window), rel=1e-5)
+    assert record["skipped_steps"] == 0
+    assert sum(record["expert_load"][0]) == pytest.approx(1)
+    task = records["task", "knowledge", "train", 8]
+    assert (task["accuracy_kind"], task["accuracy"]) == ("token_accuracy", task["token_accuracy"])
+    assert task["chance_accuracy"] == 1 / 256
+    assert task["bits_per_byte"] == pytest.approx(task["bits_per_token"] / 2), "each letter is two bytes"
+    task = records["task", "reasoning", "test", 8]
+    assert (task["accuracy_kind"], task["accuracy"]) == ("exact_match", task["exact_match"])
+    assert task["chance_accuracy"] == pytest.approx(1e-3)
+
+
+def test_the_results_table_has_every_evaluation(finished):
+    table = results_table(finished[0])
+    assert list(zip(table["member"], table["step"])) == [("first", 4), ("first", 8), ("second", 4), ("second", 8)]
+    gap = table["task_loss/reasoning/test"] - table["task_loss/reasoning/train"]
+    assert (table["generalization_gap/reasoning"] == gap).all()
+    assert table["training_loss"].notna().all()
+
+
+def test_running_again_skips_and_changes_nothing(copied, monkeypatch):
+    before = contents(copied)
+    monkeypatch.setattr(runner, "train", None)
+    result = run_study(study_of(), copied)
+    assert [member.status for member in result.members] == ["skipped", "skipped"]
+    assert result.status == "done"
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_stopped_study_goes_on_to_the_same_files(finished, tmp_path, step):
+    """Step 3 lies between checkpoints, step 4 is evaluated and saved."""
+    stopped = run_study(study_of(), tmp_path, progress=Stopping("first", step))
+    assert stopped.status == "resumable"
+    assert [member.status for member in stopped.members] == ["resumable", "pending"]
+    assert not (tmp_path / "first" / "DONE").exists()
+    result = run_study(study_of(), tmp_path)
+    assert result.status == "done"
+    assert result.members == finished[1].members
+    assert contents(tmp_path) == contents(finished[0])
+
+
+def test_a_folder_of_another_configuration_is_refused_with_the_difference(copied):
+    before = contents(copied)
+    changed = study_of(train__weight_decay=0.5)
+    with pytest.raises(ConfigError) as error:
+        run_study(changed, copied)
+    message = str(error.value)
+    for part in ("train.weight_decay", "0.1", "0.5", "--resume=force", "another folder", "first"):
+        assert part in message
+    assert contents(copied) == before
+
+
+def test_force_evaluates_again_with_the_new_settings_and_trains_no_further(copied):
+    changed = study_of(evaluation__examples=4)
+    result = run_study(changed, copied, only="first", resume="force")
+    done = json.loads((copied / "first" / "DONE").read_text())
+    assert done["config_hash"] == config_hash(changed.member("first").config)
+    assert result.members[0].status == "done"
+    records = [entry for entry in read_records(copied) if entry["member"] == "first" and entry["evaluation"] == "task"]
+    assert {entry["examples"] for entry in records if entry["step"] == 8} == {4}
+    assert {entry["examples"] for entry in records if entry["step"] == 4} == {8}
+
+
+def test_force_trains_on_when_there_are_more_steps(copied):
+    result = run_study(study_of(train__steps=10), copied, only="first", resume="force")
+    assert (result.members[0].status, result.members[0].step) == ("done", 10)
+    steps = [json.loads(line)["step"] for line in (copied / "first" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 11))
+
+
+def test_a_folder_of_another_study_is_refused(copied):
+    with pytest.raises(ConfigError, match="study.name is 'tiny' in the folder, 'other' now"):
+        run_study(study_of(study__name="other"), copied)
+
+
+def test_only_one_member(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(runner, "run_member", lambda member, *args, **kwargs: trained.append(member.name) or
+                        runner.MemberResult(member.name, "done", 8, 1.0))  # fmt: skip
+    run_study(study_of(), tmp_path, only="second")
+    assert trained == ["second"]
+    listed = json.loads((tmp_path / "study.json").read_text())
+    assert [member["name"] for member in listed["members"]] == ["first", "second"]
+    with pytest.raises(ConfigError, match="unknown member 'secnd'. Did you mean 'second'"):
+        run_study(study_of(), tmp_path, only="secnd")
+
+
+def test_a_member_that_fails_does_not_cost_the_others(finished, tmp_path, monkeypatch):
+    whole = runner.train
+
+    def failing(run, *args, **kwargs):
+        if run.name == "first":
+            raise MemoryError("too large")
+        return whole(run, *args, **kwargs)
+
+    monkeypatch.setattr(runner, "train", failing)
+    result = run_study(study_of(), tmp_path)
+    assert result.status == "failed"
+    assert [member.status for member in result.members] == ["failed", "done"]
+    assert "first: failed (MemoryError: too large)" in str(result)
+    own, undisturbed = contents(tmp_path), contents(finished[0])
+    assert own == {name: value for name, value in undisturbed.items() if name.startswith("second/")}
+
+
+def test_a_full_disk_stops_the_study(tmp_path, monkeypatch):
+    def failing(run, *args, **kwargs):
+        raise NoSpaceLeftError("no space left at there; free space and run again.")
+
+    monkeypatch.setattr(runner, "train", failing)
+    result = run_study(study_of(), tmp_path)
+    assert [member.status for member in result.members] == ["failed", "pending"]
+    assert result.status == "failed"
+
+
+def test_running_slices_one_after_the_other_adds_to_the_study(copied):
+    (copied / "study.json").unlink()
+    study = study_of(members__first__slices=("headline",), members__second__slices=("other",),
+                     study__slices={"other": {"title": "Other", "x": "learning_rate"}})  # fmt: skip
+    run_study(study.select("other"), copied)
+    run_study(study.select("headline"), copied)
+    listed = json.loads((copied / "study.json").read_text())
+    assert {member["name"] for member in listed["members"]} == {"first", "second"}
+    assert listed["slices"] == {"other": {"title": "Other", "x": "learning_rate"}, "headline": {}}
+    assert listed["headline"] == "headline"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model__vocab_size": 100}, r"member 'first': model\.vocab_size=100 but tokenizer 'symbols' has \d+ tokens"),
+        ({"train__sequence_length": 8}, r"member 'first': .*sequence_length=\d+ or more is needed"),
+        (
+            {"members__second__data": {"sources": {"text": {"kind": "text", "weight": 0.0, "paths": ("no/such.txt",)}}},
+             "members__second__slices": ("other",)},
+            r"member 'second': .*no/such\.txt",
+        ),
+        ({"members__second__train__steps": 9}, r"tokens fixed, but member 'second'"),
+    ],
+)  # fmt: skip
+def test_what_can_be_known_is_known_before_training(tmp_path, values, message):
+    study = study_of(**values)
+    if "text" in message or "such" in message:
+        study = study_of(**values, data__tokenizer="bytes", model__max_sequence_length=64, train__sequence_length=32)
+    with pytest.raises(ConfigError, match=message):
+        run_study(study, tmp_path)
+    assert not (tmp_path / "first").exists()
+    assert not (tmp_path / "study.json").exists()
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ConfigError, match=r"no space left for the checkpoints of 2 members: .* KB are needed"):
+        run_study(study_of(), tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        run_study(study_of(), tmp_path / "file")
+
+
+def test_one_member_alone_is_a_run_of_its_own(copied):
+    member = study_of().member("first")
+    assert run_member(member, copied).status == "skipped"
+    result = run_member(member, copied)
+    assert math.isfinite(result.loss)
+    assert result.step == 8
