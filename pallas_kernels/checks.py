@@ -1,0 +1,34 @@
+"""Argument checks shared by the operations: errors in the caller's terms."""
+
+import jax
+import jax.numpy as jnp
+
+FLOAT_DTYPES = ("float32", "bfloat16")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_rank(name: str, array: jax.Array, axes: str) -> None:
+    """`axes` is the expected shape in axis letters, such as `T K`."""
+    rank = len(axes.split())
+    require(array.ndim == rank, f"{name} has shape {tuple(array.shape)}; ({', '.join(axes.split())}) is expected.")
+
+
+def require_float(**arrays: jax.Array) -> None:
+    for name, array in arrays.items():
+        require(
+            jnp.dtype(array.dtype).name in FLOAT_DTYPES,
+            f"{name} has dtype {jnp.dtype(array.dtype).name}; choose one of {', '.join(FLOAT_DTYPES)}.",
+        )
+
+
+def require_same_dtype(**arrays: jax.Array) -> None:
+    (first, first_array), *others = arrays.items()
+    for name, array in others:
+        require(
+            array.dtype == first_array.dtype,
+            f"{name} has dtype {array.dtype} but {first} has {first_array.dtype}; cast one of them.",
+        )

@@ -1,0 +1,1 @@
+"""Rows back to tokens, weighted by the gate: `api.combine`."""

@@ -1,0 +1,1 @@
+"""Tokens to rows grouped by expert: `api.dispatch`."""

@@ -1,0 +1,70 @@
+"""Dispatch: (T, D) tokens to (N, D) rows grouped by expert."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.checks import require, require_float, require_rank
+from pallas_kernels.gather import take
+from pallas_kernels.plan import Plan
+
+
+def dispatch(x: jax.Array, plan: Plan) -> jax.Array:
+    """Copies each token to the rows of its K experts.
+
+    A gather; its gradient is a gather too (each token sums its K rows, in float32).
+
+    Args:
+      x: (T, D) float32 or bfloat16.
+      plan: of the same T tokens.
+
+    Returns:
+      (N, D) rows in the plan's order; rows of no expert are zero.
+
+    Raises:
+      ValueError: x is not (T, D) of the plan's T, or has another dtype.
+    """
+    require_rank("x", x, "T D")
+    require_float(x=x)
+    require(
+        x.shape[0] == plan.num_tokens,
+        f"x has {x.shape[0]} tokens but the plan is for {plan.num_tokens}; they must be the same.",
+    )
+    with jax.named_scope("dispatch"):
+        return _dispatch(x, plan)
+
+
+@jax.custom_vjp
+def _dispatch(x: jax.Array, plan: Plan) -> jax.Array:
+    return gather_tokens(x, plan)
+
+
+def _dispatch_forward(x, plan):
+    return gather_tokens(x, plan), plan
+
+
+def _dispatch_backward(plan, rows_gradient):
+    return sum_rows(rows_gradient, plan), None
+
+
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+def gather_tokens(x: jax.Array, plan: Plan) -> jax.Array:
+    """(T, D) to (N, D): each row's token, zero for rows of no expert."""
+    routed = jnp.arange(plan.num_rows) < plan.group_offsets[-1]
+    rows = take(x, plan.order // plan.experts_per_token)
+    return jnp.where(routed[:, None], rows, 0)
+
+
+def sum_rows(rows: jax.Array, plan: Plan, gate: jax.Array | None = None) -> jax.Array:
+    """(N, D) to (T, D): each token's K rows, summed in float32; rows of no expert count nothing."""
+    routed = plan.inverse < plan.group_offsets[-1]
+
+    def choice(j):
+        taken = take(rows, plan.inverse[:, j]).astype(jnp.float32)
+        weighted = taken if gate is None else taken * gate[:, j, None].astype(jnp.float32)
+        return jnp.where(routed[:, j, None], weighted, 0)
+
+    return functools.reduce(jnp.add, map(choice, range(plan.experts_per_token))).astype(rows.dtype)

@@ -1,0 +1,1 @@
+"""Each group of rows times its expert's matrix: `api.grouped_matmul`."""

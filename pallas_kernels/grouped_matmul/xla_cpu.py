@@ -1,0 +1,47 @@
+"""`grouped_matmul` on CPU: a batched matmul over windows, and a loop over blocks of what exceeds them.
+
+Layout and its cost: `pallas_kernels.windows`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gather import take, take_valid
+from pallas_kernels.windows import add_at, collect, layout_of
+
+
+def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def product(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transpose_weights: bool) -> jax.Array:
+    """(N, D) x (E, D, F) to (N, F); with `transpose_weights` the weights are (E, F, D)."""
+    num_rows = rows.shape[0]
+    equation = "ecd,efd->ecf" if transpose_weights else "ecd,edf->ecf"
+    width = weights.shape[1 if transpose_weights else 2]
+    layout = layout_of(group_sizes, num_rows, rows.shape[1] * width)
+    windows = layout.windows()
+    window_out = _einsum(equation, take_valid(rows, windows.index, windows.valid), weights)
+
+    def overflow(expert, block, slot, block_out):
+        out = _einsum(equation, take_valid(rows, block.index, block.valid), take(weights, expert))
+        return jax.lax.dynamic_update_slice(block_out, out.reshape(-1, width), (slot, 0))
+
+    block_out = layout.for_blocks(overflow, jnp.zeros((layout.block_capacity, width), jnp.float32))
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    expert = jnp.searchsorted(jnp.cumsum(group_sizes), row, side="right", method="scan_unrolled").astype(jnp.int32)
+    return collect(window_out, block_out, layout.slots(row, expert)).astype(rows.dtype)
+
+
+def weight_gradient(rows: jax.Array, out_gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """(N, D), (N, F) to (E, D, F) float32: the outer products of each group's rows, summed."""
+    layout = layout_of(group_sizes, rows.shape[0], rows.shape[1] * out_gradient.shape[1])
+
+    def outer(part):
+        left, right = (take_valid(array, part.index, part.valid) for array in (rows, out_gradient))
+        return _einsum("ecd,ecf->edf", left, right)
+
+    def overflow(expert, block, slot, total):
+        return add_at(total, expert, outer(block))
+
+    return layout.for_blocks(overflow, outer(layout.windows()))

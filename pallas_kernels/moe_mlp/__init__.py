@@ -1,0 +1,1 @@
+"""The routed SwiGLU MLP in one call: `api.moe_mlp`."""

@@ -1,0 +1,138 @@
+"""`moe_mlp` on CPU: tokens are gathered straight into the windows of `pallas_kernels.windows`.
+
+Rows never exist in the plan's order. Kept for the backward pass: the hidden layer of the windows; the hidden layer
+of the blocks is computed again. The gate's gradient comes from the hidden width, ∂y/∂gate = a·(W_down ∂y), so the
+experts' outputs are not kept. All gathers, no scatter.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gather import take, take_valid
+from pallas_kernels.plan import Plan
+from pallas_kernels.windows import Layout, Rows, add_at, collect, layout_of
+
+
+def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def _swiglu(hidden: jax.Array) -> jax.Array:
+    gated, up = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
+    return jax.nn.silu(gated) * up
+
+
+def _layout(plan: Plan, w_down: jax.Array) -> Layout:
+    _, hidden, width = w_down.shape
+    return layout_of(plan.group_sizes, plan.num_rows, weights_per_expert=3 * hidden * width)
+
+
+def _tokens(plan: Plan, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """Assignment and token of each row."""
+    assignment = take(plan.order, rows.index)
+    return assignment, assignment // plan.experts_per_token
+
+
+def _experts(x_rows, w_gate_up, w_down):
+    """(G, R, D) rows through G experts: hidden (G, R, 2F) in the dtype of x, output (G, R, D) float32."""
+    hidden = _einsum("ecd,edf->ecf", x_rows, w_gate_up).astype(x_rows.dtype)
+    return hidden, _einsum("ecf,efd->ecd", _swiglu(hidden).astype(x_rows.dtype), w_down)
+
+
+def _experts_backward(x_rows, y_gradient, gate, hidden, w_gate_up, w_down):
+    """Gradients of G experts: rows (G, R, D), gate (G, R), w_gate_up and w_down, all float32.
+
+    Args:
+      x_rows, y_gradient: (G, R, D); the gradient is that of the token, not yet weighted by its gate.
+      gate: (G, R) float32.
+      hidden: (G, R, 2F), before the nonlinearity.
+    """
+    dtype = x_rows.dtype
+    gated, up = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
+    sigmoid = jax.nn.sigmoid(gated)
+    silu = gated * sigmoid
+    activation = silu * up
+    gate = gate[..., None]
+    from_output = _einsum("ecd,efd->ecf", y_gradient, w_down)
+    gate_gradient = jnp.sum(activation * from_output, axis=-1)
+    w_down_gradient = _einsum("ecf,ecd->efd", (gate * activation).astype(dtype), y_gradient)
+    activation_gradient = gate * from_output
+    hidden_gradient = jnp.concatenate(
+        [activation_gradient * up * (sigmoid * (1 + gated * (1 - sigmoid))), activation_gradient * silu], axis=-1
+    ).astype(dtype)
+    x_gradient = _einsum("ecf,edf->ecd", hidden_gradient, w_gate_up)
+    w_gate_up_gradient = _einsum("ecd,ecf->edf", x_rows, hidden_gradient)
+    return x_gradient, gate_gradient, w_gate_up_gradient, w_down_gradient
+
+
+@jax.custom_vjp
+def moe_mlp(x: jax.Array, plan: Plan, gate: jax.Array, w_gate_up: jax.Array, w_down: jax.Array) -> jax.Array:
+    """As `pallas_kernels.moe_mlp`, for a plan."""
+    return _forward(x, plan, gate, w_gate_up, w_down)[0]
+
+
+def _forward(x, plan, gate, w_gate_up, w_down):
+    layout = _layout(plan, w_down)
+    rows = layout.windows()
+    hidden, window_out = _experts(take_valid(x, _tokens(plan, rows)[1], rows.valid), w_gate_up, w_down)
+
+    def overflow(expert, rows, slot, block_out):
+        x_rows = take_valid(x, _tokens(plan, rows)[1], rows.valid)
+        _, out = _experts(x_rows, take(w_gate_up, expert), take(w_down, expert))
+        return jax.lax.dynamic_update_slice(block_out, out.reshape(-1, out.shape[-1]), (slot, 0))
+
+    block_out = layout.for_blocks(overflow, jnp.zeros((layout.block_capacity, x.shape[1]), jnp.float32))
+    slots = layout.slots(plan.inverse, plan.expert)
+    weight = jnp.where(slots.in_window | slots.in_block, gate, 0).astype(jnp.float32)
+    y = sum(weight[:, j, None] * collect(window_out, block_out, slots.choice(j)) for j in range(plan.experts_per_token))
+    return y.astype(x.dtype), (x, plan, gate, w_gate_up, w_down, hidden)
+
+
+def _backward(residuals, y_gradient):
+    x, plan, gate, w_gate_up, w_down, hidden = residuals
+    layout = _layout(plan, w_down)
+    flat_gate = gate.astype(jnp.float32).reshape(-1)
+
+    def gathered(rows):
+        assignment, token = _tokens(plan, rows)
+        return (
+            take_valid(x, token, rows.valid),
+            take_valid(y_gradient, token, rows.valid),
+            take_valid(flat_gate, assignment, rows.valid),
+        )
+
+    window_x, window_gate, *weight_gradients = _experts_backward(*gathered(layout.windows()), hidden, w_gate_up, w_down)
+
+    def overflow(expert, rows, slot, carry):
+        block_x, block_gate, weight_gradients = carry
+        x_rows, y_rows, row_gate = gathered(rows)
+        w_in, w_out = take(w_gate_up, expert), take(w_down, expert)
+        hidden = _einsum("ecd,edf->ecf", x_rows, w_in).astype(x.dtype)
+        x_part, gate_part, *weight_parts = _experts_backward(x_rows, y_rows, row_gate, hidden, w_in, w_out)
+        return (
+            jax.lax.dynamic_update_slice(block_x, x_part.reshape(-1, x.shape[1]), (slot, 0)),
+            jax.lax.dynamic_update_slice(block_gate, gate_part.reshape(-1), (slot,)),
+            [add_at(total, expert, part) for total, part in zip(weight_gradients, weight_parts, strict=True)],
+        )
+
+    block_x, block_gate, (w_gate_up_gradient, w_down_gradient) = layout.for_blocks(
+        overflow,
+        (
+            jnp.zeros((layout.block_capacity, x.shape[1]), jnp.float32),
+            jnp.zeros((layout.block_capacity,), jnp.float32),
+            weight_gradients,
+        ),
+    )
+    slots = layout.slots(plan.inverse, plan.expert)
+    gate_gradient = collect(window_gate, block_gate, slots)
+    x_gradient = sum(collect(window_x, block_x, slots.choice(j)) for j in range(plan.experts_per_token))
+    return (
+        x_gradient.astype(x.dtype),
+        None,
+        gate_gradient.astype(gate.dtype),
+        w_gate_up_gradient.astype(w_gate_up.dtype),
+        w_down_gradient.astype(w_down.dtype),
+    )
+
+
+moe_mlp.defvjp(_forward, _backward)
