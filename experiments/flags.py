@@ -114,6 +114,7 @@ def run_with_config(main: Callable[[ml_collections.ConfigDict, tuple[str, ...]],
             packaged = ", ".join(sorted(f"experiments/configs/{p.name}" for p in _PACKAGED.glob("[!_]*.py")))
             raise ConfigError(f"--config is missing; give an experiment file, for example one of {packaged}.")
         config = load_config(specification)
+        _let_members_override(config, argv)
         _refuse_unknown_overrides(config, argv)
         holder = config_flags.DEFINE_config_dict("config", config, sys_argv=argv, lock_config=True)
     except ConfigError as error:
@@ -148,12 +149,33 @@ def _take_flag(argv: list[str], name: str) -> str | None:
     return None
 
 
+def _overridden_keys(argv: Sequence[str]) -> list[str]:
+    """The dotted keys after `--config.` on the command line."""
+    given = [argument.lstrip("-") for argument in argv[1:] if argument.startswith(("--config.", "-config."))]
+    return [argument.split("=", 1)[0].removeprefix("config.") for argument in given]
+
+
+def _let_members_override(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None:
+    """Gives a member the value of the sections for each key that the command line is about to set for it."""
+    for key in _overridden_keys(argv):
+        parts = key.split(".")
+        if parts[0] != "members" or len(parts) < 3 or parts[1] not in config.get("members", {}):
+            continue
+        section, member = config, config.members[parts[1]]
+        for part in parts[2:]:
+            if not isinstance(section, ml_collections.ConfigDict) or part not in section:
+                break
+            section = section[part]
+            with member.unlocked():
+                if part not in member:
+                    leaf = not isinstance(section, ml_collections.ConfigDict)
+                    member[part] = section if leaf else ml_collections.ConfigDict()
+            member = member[part]
+
+
 def _refuse_unknown_overrides(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None:
     """Raises a ConfigError for an override whose dotted key the configuration does not have."""
-    for argument in argv[1:]:
-        if not argument.startswith(("--config.", "-config.")):
-            continue
-        key = argument.lstrip("-").split("=", 1)[0].removeprefix("config.")
+    for key in _overridden_keys(argv):
         section, walked = config, ""
         for part in key.split("."):
             if not isinstance(section, ml_collections.ConfigDict) or part not in section:

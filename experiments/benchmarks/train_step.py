@@ -30,12 +30,14 @@ STEPS_PER_CALL = 5
 
 def run(*, rounds: int) -> dict[str, Any]:
     """Everything, as plain JSON values."""
-    return {
-        "machine": machine(),
-        "laptop_recipe": laptop_recipe(rounds=rounds),
-        "against_transformers": against_transformers(rounds=rounds),
-        "start_up": start_up(),
-    }
+    from jaxmoe.training import reuse_freed_memory
+
+    with reuse_freed_memory():  # as `train` does; it holds for every contender of the process
+        measured = {
+            "laptop_recipe": laptop_recipe(rounds=rounds),
+            "against_transformers": against_transformers(rounds=rounds),
+        }
+    return {"machine": machine(), **measured, "start_up": start_up()}
 
 
 def laptop_recipe(*, rounds: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from etils import epath
 
 from jaxmoe.config import RunConfig
 from jaxmoe.data import Mixture, load_tokenizer
-from jaxmoe.training import Checkpoints, EvaluationContext, init_state
+from jaxmoe.training import Checkpoints, EvaluationContext, evaluation_context, init_state
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 
 
@@ -16,8 +16,6 @@ def checkpoint_context(
     run: RunConfig, directory: epath.PathLike, *, cache_dir: str | os.PathLike | None = None
 ) -> EvaluationContext | None:
     """What an evaluator needs, at the step of the newest checkpoint; None if there is no checkpoint.
-
-    What training saw just then is not known any more: `training_loss` and `expert_load` are None.
 
     Args:
       run: the configuration.
@@ -45,17 +43,4 @@ def checkpoint_context(
         tokenizer=tokenizer,
         cache_dir=cache_dir,
     )
-    return EvaluationContext(
-        run=run,
-        directory=directory,
-        step=restored.step,
-        graphdef=graphdef,
-        params=restored.state.params,
-        others=restored.state.others,
-        mixture=mixture,
-        tokenizer=tokenizer,
-        training_loss=None,
-        source_losses={},
-        expert_load=None,
-        dropped_fraction=0.0,
-    )
+    return evaluation_context(run, directory, graphdef, restored.state, mixture)

@@ -8,8 +8,7 @@ from flax import nnx
 from jaxmoe.config import DataConfig, KnowledgeSource, ModelConfig, MoEConfig, ReasoningSource
 from jaxmoe.data import Mixture
 from jaxmoe.evaluation import validation_loss
-from jaxmoe.models import Decoder
-from jaxmoe.training import token_nll
+from jaxmoe.models import Decoder, token_nll
 
 
 @pytest.fixture(scope="module")

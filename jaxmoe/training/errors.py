@@ -1,0 +1,65 @@
+"""What stops a training run, in words that say how to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+
+from etils import epath
+
+_NO_SPACE_CODES = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE_WORDS = ("no space left", "enospc", "disk quota exceeded")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; what is in the run directory stays good."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint cannot be written or read."""
+
+
+class NonFiniteLossError(TrainingError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class NoSpaceLeftError(CheckpointError):
+    """The disk of the run directory is full."""
+
+
+def is_no_space(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that the disk is full."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _NO_SPACE_CODES:
+            return True
+        if any(words in str(error).lower() for words in _NO_SPACE_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def no_space_left(path: epath.PathLike, last_step: int | None) -> NoSpaceLeftError:
+    """The error for a full disk: what was lost (nothing but time), and what to do."""
+    last = "there is no checkpoint yet" if last_step is None else f"last good checkpoint: step {last_step}"
+    return NoSpaceLeftError(f"no space left at {path}; {last}; free space and run again.")
+
+
+@contextlib.contextmanager
+def explain_no_space(path: epath.PathLike, last_step: Callable[[], int | None]) -> Iterator[None]:
+    """Turns the many forms in which a full disk shows itself into `NoSpaceLeftError`.
+
+    Args:
+      path: the folder that is being written to.
+      last_step: called then; the step of the newest checkpoint, None if there is none.
+    """
+    try:
+        yield
+    except NoSpaceLeftError:
+        raise
+    except Exception as error:
+        if is_no_space(error):
+            raise no_space_left(path, last_step()) from error
+        raise

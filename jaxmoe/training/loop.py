@@ -1,0 +1,267 @@
+"""The training loop: steps, logs, evaluations and checkpoints of one run, from wherever it stopped."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxmoe.accounting import flops_per_token
+from jaxmoe.config import ConfigError, RunConfig, config_hash
+from jaxmoe.data import Mixture, Tokenizer, load_tokenizer
+from jaxmoe.training.allocator import reuse_freed_memory
+from jaxmoe.training.checkpoints import Checkpoints
+from jaxmoe.training.context import EvaluationContext, averaging_window, evaluation_context
+from jaxmoe.training.errors import NonFiniteLossError, explain_no_space
+from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
+from jaxmoe.training.progress import ProgressReporter
+from jaxmoe.training.signals import StopRequest
+from jaxmoe.training.state import init_state
+from jaxmoe.training.step import Metrics, make_train_step
+from jaxmoe.training.workdir import Resume, claim_directory
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_DIRECTORY = "checkpoints"
+
+_STEPS_IN_FLIGHT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+      status: `done`, or `resumable` if a signal ended it.
+      step: steps done.
+      loss: of the last step, nats per token; None if it was not finite or no step was done.
+    """
+
+    status: Literal["done", "resumable"]
+    step: int
+    loss: float | None
+
+
+def train(
+    run: RunConfig,
+    directory: epath.PathLike,
+    *,
+    on_evaluate: Callable[[EvaluationContext], None] | None = None,
+    progress: ProgressReporter | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    resume: Resume = "auto",
+) -> TrainResult:
+    """Trains a run to its end, going on after the newest checkpoint in its directory if there is one.
+
+    The directory gets config.json, metrics.jsonl, throughput.jsonl, tensorboard/ and checkpoints/. metrics.jsonl
+    depends on the configuration and the machine alone: a run that was killed at any moment and started again
+    writes the same bytes as one that was not.
+
+    Args:
+      run: the configuration.
+      directory: of the run, local or gs://.
+      on_evaluate: called after each of the steps `run.evaluation.steps_of(steps)`. Its results must not matter to
+        the training, and it must bear being called again for the same step, which happens after a kill.
+      progress: to report to.
+      cache_dir: where tokenized text is kept if the configuration does not say.
+      resume: `force` goes on in a directory of another configuration.
+
+    Raises:
+      ConfigError: the configuration cannot be run, or not in this directory.
+      TrainingError: a full disk, no readable checkpoint, or too many non-finite steps in a row.
+    """
+    directory = epath.Path(directory)
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    _check_vocabulary(run, tokenizer)
+    with explain_no_space(directory, lambda: None):
+        claim_directory(directory, run, resume)
+    mixture = Mixture(
+        run.data,
+        batch_size=run.train.batch_size,
+        sequence_length=run.train.sequence_length,
+        steps=run.train.steps,
+        seed=run.seed,
+        tokenizer=tokenizer,
+        cache_dir=cache_dir,
+    )
+    with contextlib.ExitStack() as stack:
+        if jax.default_backend() == "cpu":
+            stack.enter_context(reuse_freed_memory())
+        stop = stack.enter_context(StopRequest())
+        keep = run.train.keep_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, keep))
+        stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))
+        return _Loop(run, directory, mixture, checkpoints, stop, on_evaluate, progress).run_to_end()
+
+
+def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={run.model.vocab_size} but the tokenizer {run.data.tokenizer!r} has "
+            f"{tokenizer.vocab_size} tokens; model.vocab_size must be at least that."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    """A step that was started and whose numbers were not looked at yet."""
+
+    step: int
+    metrics: Metrics
+    tokens: int
+
+
+class _Loop:
+    """One session of a run. Steps are started ahead of looking at their numbers, at most `_STEPS_IN_FLIGHT`."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        directory: epath.Path,
+        mixture: Mixture,
+        checkpoints: Checkpoints,
+        stop: StopRequest,
+        on_evaluate: Callable[[EvaluationContext], None] | None,
+        progress: ProgressReporter | None,
+    ):
+        self._run, self._directory, self._mixture = run, directory, mixture
+        self._checkpoints, self._stop, self._on_evaluate, self._progress = checkpoints, stop, on_evaluate, progress
+        self._source_names = [source.name for source in mixture.sources]
+        self._graphdef, self._state = init_state(run)
+        self._step, self._loss, evaluated = 0, None, True
+        restored = checkpoints.restore(self._state)
+        if restored is not None:
+            self._state, self._step = restored.state, restored.step
+            self._loss, evaluated = restored.metadata["loss"], restored.metadata["evaluated"]
+            self._check_resumable()
+        self._evaluation_due = not evaluated
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
+        flops = flops_per_token(run.model, run.train.sequence_length).training
+        self._throughput = Throughput(flops, run.train.batch_size * run.train.sequence_length)
+        self._log = MetricsLog(directory, self._step, self._source_names)
+
+    def run_to_end(self) -> TrainResult:
+        """Trains, evaluates and saves until the run is done or a signal asks to stop."""
+        train = self._run.train
+        if self._progress is not None:
+            self._progress.member(self._run.name, train.steps, self._step)
+        try:
+            if self._evaluation_due:
+                self._evaluate()
+            if self._step < train.steps:
+                self._train_on()
+            self._checkpoints.wait()
+        finally:
+            self._log.close()
+        status = "done" if self._step == train.steps and not self._evaluation_due else "resumable"
+        if status == "resumable":
+            by = self._stop.requested
+            logger.info("%s: stopped by %s after step %d; run again to go on", self._run.name, by, self._step)
+        return TrainResult(status=status, step=self._step, loss=self._loss)
+
+    def _train_on(self) -> None:
+        run, steps = self._run, self._run.train.steps
+        train_step = make_train_step(run.model, run.train, len(self._source_names))
+        evaluations = frozenset(run.evaluation.steps_of(steps))
+        window = averaging_window(run.train, len(evaluations))
+        window_starts = {step - window for step in evaluations}
+        batches = self._mixture.iterator(self._step)
+        try:
+            while self._step < steps and self._stop.requested is None:
+                batch = next(batches)
+                if self._step in window_starts:
+                    self._state = dataclasses.replace(self._state, recent=self._state.recent.cleared())
+                self._state, metrics = train_step(self._state, batch)
+                self._step += 1
+                self._in_flight.append(_InFlight(self._step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
+                self._observe(_STEPS_IN_FLIGHT)
+                self._checkpoints.raise_if_failed()
+                self._evaluation_due = self._step in evaluations
+                if self._evaluation_due and self._stop.requested is None:
+                    self._evaluate()
+                at_interval = self._step % run.train.checkpoint_interval == 0 or self._step == steps
+                if at_interval or self._stop.requested is not None:
+                    self._save(batches.get_state())
+        finally:
+            batches.close()
+
+    def _observe(self, leave: int) -> None:
+        """Looks at the numbers of the oldest steps in flight until `leave` are left, waiting for them."""
+        while len(self._in_flight) > leave:
+            oldest = self._in_flight.popleft()
+            skipped_in_a_row = int(oldest.metrics["skipped_in_a_row"])
+            self._throughput.observe(time.perf_counter(), oldest.tokens)
+            if skipped_in_a_row:
+                self._report_skipped(oldest, skipped_in_a_row)
+            self._loss = plain_number(oldest.metrics["loss"])
+            if self._progress is not None:
+                self._progress.advance(oldest.step, self._loss, self._throughput.tokens_per_second)
+            if oldest.step % self._run.train.log_every == 0 or oldest.step == self._run.train.steps:
+                self._log.write(oldest.step, jax.device_get(oldest.metrics), self._throughput.line(oldest.step))
+            if skipped_in_a_row >= self._run.train.max_nonfinite_steps:
+                self._fail_nonfinite(oldest.step, skipped_in_a_row)
+
+    def _report_skipped(self, bad: _InFlight, in_a_row: int) -> None:
+        logger.warning(
+            "%s: step %d is skipped (loss %s, gradient norm %s; %d in a row)",
+            self._run.name, bad.step, float(bad.metrics["loss"]), float(bad.metrics["grad_norm"]), in_a_row,
+        )  # fmt: skip
+
+    def _fail_nonfinite(self, step: int, in_a_row: int) -> None:
+        self._log.flush()
+        self._checkpoints.wait()
+        last = self._checkpoints.last_step
+        raise NonFiniteLossError(
+            f"{self._run.name}: the loss or the gradient was not finite in {in_a_row} steps in a row, "
+            f"{step - in_a_row + 1} to {step}. The last good step is {step - in_a_row}; "
+            + ("there is no checkpoint yet" if last is None else f"the last checkpoint is of step {last}")
+            + f" in {self._checkpoints.directory}. Lower train.learning_rate or train.clip_norm, or look at the data."
+        )
+
+    def _evaluate(self) -> None:
+        """Calls the evaluator with the state after the step just done."""
+        self._settle()
+        if self._on_evaluate is not None:
+            context = evaluation_context(self._run, self._directory, self._graphdef, self._state, self._mixture)
+            self._on_evaluate(context)
+        self._evaluation_due = False
+
+    def _save(self, data: Any) -> None:
+        """Starts a checkpoint; everything logged so far is on disk before it can be complete."""
+        self._settle()
+        rows = self._step * self._run.train.batch_size
+        accounts = self._mixture.accounting(self._step).values()
+        self._checkpoints.save(
+            self._step,
+            self._state,
+            {
+                "name": self._run.name,
+                "config_hash": config_hash(self._run),
+                "loss": self._loss,
+                "evaluated": not self._evaluation_due,
+                "data": {"iterator": data, "step": self._step, "rows": rows},
+                "sources": {account.name: {"rows": account.rows, "tokens": account.tokens} for account in accounts},
+            },
+        )
+
+    def _settle(self) -> None:
+        """Waits for every step in flight, and brings the log to disk."""
+        self._observe(leave=0)
+        self._log.flush()
+        self._throughput.pause()
+
+    def _check_resumable(self) -> None:
+        if self._step > self._run.train.steps:
+            raise ConfigError(
+                f"train.steps={self._run.train.steps}, but the newest checkpoint in {self._checkpoints.directory} is "
+                f"of step {self._step}; give more steps, or take another folder."
+            )

@@ -1,0 +1,242 @@
+"""What training writes down as it goes: metrics.jsonl, throughput.jsonl and TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+THROUGHPUT_FILE = "throughput.jsonl"
+TENSORBOARD_DIRECTORY = "tensorboard"
+
+_ORDER = (
+    "loss", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
+    "dropped_fraction", "load_max_over_mean", "load_cv",
+)  # fmt: skip
+_COUNTS = ("dead_experts", "tokens", "skipped")
+
+
+def plain_number(value: Any) -> float | int | None:
+    """A scalar as JSON writes it: the shortest decimal that gives the same float32 back; None if it is not finite."""
+    array = np.asarray(value)
+    if array.dtype.kind in "iu":
+        return int(array)
+    if not math.isfinite(array):
+        return None
+    return float(str(np.float32(array)))
+
+
+def metrics_line(step: int, metrics: Mapping[str, Any], source_names: Sequence[str]) -> dict[str, float | int | None]:
+    """One line of metrics.jsonl: a function of the step's numbers alone, with its keys in a fixed order.
+
+    Args:
+      step: the number of the update, counted from 1.
+      metrics: of the train step, fetched.
+      source_names: of the mixture, in its order; their losses become `loss/NAME`.
+
+    Returns:
+      `step`, the scalars of `jaxmoe.training.make_train_step`, and the loss of every source, None where the batch
+      has none of it or where a number is not finite.
+    """
+    line: dict[str, float | int | None] = {"step": step}
+    line.update((name, plain_number(metrics[name])) for name in _ORDER if name in metrics)
+    losses = np.asarray(metrics["source_loss"])
+    line.update((f"loss/{name}", plain_number(loss)) for name, loss in zip(source_names, losses, strict=True))
+    line.update((name, int(np.asarray(metrics[name]))) for name in _COUNTS if name in metrics)
+    return line
+
+
+class JsonLines:
+    """A file of one JSON object per line, each with its `step`, in rising order.
+
+    A local file is appended to line by line. Object stores cannot append, so elsewhere the lines are held and the
+    file is written anew at `flush`.
+
+    Args:
+      path: of the file; its folder must exist.
+      keep_until: of a file that is there already, lines up to this step stay and later ones are cut, as is
+        whatever a kill left unfinished.
+    """
+
+    def __init__(self, path: epath.PathLike, keep_until: int):
+        self._path = epath.Path(path)
+        kept, whole = _read_lines(self._path, keep_until)
+        if not whole:
+            _replace(self._path, "".join(kept))
+        remote = _is_remote(self._path)
+        self._lines = kept if remote else []
+        self._file = None if remote else pathlib.Path(self._path).open("ab", buffering=0)  # noqa: SIM115
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Adds a line; a reader may see it from now on, and after `flush` it survives."""
+        text = json.dumps(line, allow_nan=False) + "\n"
+        if self._file is None:
+            self._lines.append(text)
+            return
+        remaining = memoryview(text.encode())
+        while remaining:
+            remaining = remaining[self._file.write(remaining) :]
+
+    def flush(self) -> None:
+        """Returns when every line is on disk."""
+        if self._file is None:
+            self._path.write_text("".join(self._lines))
+        else:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flushes and closes; a second time does nothing."""
+        if self._file is None:
+            self.flush()
+        elif not self._file.closed:
+            self._file.close()
+
+
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _read_lines(path: epath.Path, keep_until: int) -> tuple[list[str], bool]:
+    """The lines up to a step, and whether they are all that the file holds."""
+    if not path.exists():
+        return [], True
+    kept: list[str] = []
+    content = path.read_bytes().decode(errors="replace")
+    for line in content.splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            return kept, False
+        if not line.endswith("\n") or step > keep_until:
+            return kept, False
+        kept.append(line)
+    return kept, True
+
+
+def _replace(path: epath.Path, text: str) -> None:
+    """Writes a whole file so that a kill leaves the old one or the new one."""
+    unfinished = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class Throughput:
+    """Speed between two lines of the log, from the times at which steps were seen to be ready.
+
+    Args:
+      flops_per_token: of training, the exact count of `jaxmoe.accounting`.
+      positions: B·S of a step, padding included.
+    """
+
+    def __init__(self, flops_per_token: float, positions: int):
+        self._flops_per_token, self._positions = flops_per_token, positions
+        self._previous: float | None = None
+        self._seconds: list[float] = []
+        self._tokens = 0
+
+    def pause(self) -> None:
+        """The next interval is not a step's: compilation, evaluation or a checkpoint comes between."""
+        self._previous = None
+
+    def observe(self, now: float, tokens: int) -> None:
+        """A step with this many tokens, padding not counted, is ready at `now`, in seconds."""
+        if self._previous is not None:
+            self._seconds.append(now - self._previous)
+            self._tokens += tokens
+        self._previous = now
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Without padding, since the last line; None before the first interval."""
+        return self._tokens / sum(self._seconds) if sum(self._seconds) > 0 else None
+
+    def line(self, step: int) -> dict[str, float | int] | None:
+        """A line of throughput.jsonl, and a new beginning; None if nothing was timed since the last.
+
+        `tokens_per_second` and `model_flops_per_second` count tokens without padding, `positions_per_second` counts
+        padding too; `step_seconds` is the median.
+        """
+        if self.tokens_per_second is None:
+            return None
+        line = {
+            "step": step,
+            "step_seconds": statistics.median(self._seconds),
+            "tokens_per_second": self.tokens_per_second,
+            "positions_per_second": self._positions * len(self._seconds) / sum(self._seconds),
+            "model_flops_per_second": self._flops_per_token * self.tokens_per_second,
+        }
+        self._seconds, self._tokens = [], 0
+        return {name: value if name == "step" else float(f"{value:.6g}") for name, value in line.items()}
+
+
+class MetricsLog:
+    """All of a run directory's logs.
+
+    Args:
+      directory: of the run.
+      after: the step of the checkpoint that training goes on from; what was logged after it is cut, since those
+        steps come again.
+      source_names: of the mixture.
+    """
+
+    def __init__(self, directory: epath.PathLike, after: int, source_names: Sequence[str]):
+        directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._source_names = tuple(source_names)
+        self._metrics = JsonLines(directory / METRICS_FILE, after)
+        self._throughput = JsonLines(directory / THROUGHPUT_FILE, after)
+        self._tensorboard = _tensorboard_writer(directory / TENSORBOARD_DIRECTORY, after)
+
+    def write(self, step: int, metrics: Mapping[str, Any], throughput: Mapping[str, Any] | None) -> None:
+        """Writes the lines of a step: its fetched metrics, and the speed if there is one."""
+        line = metrics_line(step, metrics, self._source_names)
+        self._metrics.write(line)
+        if throughput is not None:
+            self._throughput.write(throughput)
+        if self._tensorboard is not None:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(f"training/{name}", value, step)
+            for name, value in (throughput or {}).items():
+                if name != "step":
+                    self._tensorboard.add_scalar(f"throughput/{name}", value, step)
+
+    def flush(self) -> None:
+        """Returns when everything written is on disk."""
+        self._metrics.flush()
+        self._throughput.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._throughput.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _tensorboard_writer(directory: epath.Path, after: int) -> Any:
+    """A tensorboardX writer; None, and a line in the log that says why, where there can be none."""
+    if _is_remote(directory):
+        logger.info("no TensorBoard files: %s is not a local folder", directory)
+        return None
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        logger.info("no TensorBoard files: tensorboardX is not installed")
+        return None
+    return SummaryWriter(str(directory), purge_step=after + 1)

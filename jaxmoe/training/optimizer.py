@@ -1,0 +1,65 @@
+"""AdamW with decay on matrices only, clipped by the global norm."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jaxmoe.config import TrainConfig
+from jaxmoe.training.schedule import Schedule, learning_rate_schedule
+
+_STACKED = "blocks"
+"""Attribute under which a model keeps layers that share one array, with a leading axis of layers."""
+
+
+def decay_mask(params: Any) -> Any:
+    """Which parameters weight decay applies to: True for matrices, False for vectors.
+
+    A matrix has two axes or more beside the leading axis of layers that a scan adds: embedding, head, router,
+    attention and expert weights. The gains of norms are vectors, though stacked over layers they have two axes.
+
+    Args:
+      params: `nnx.State` of a model's parameters, or any tree of them.
+
+    Returns:
+      Booleans in the same structure.
+    """
+
+    def is_matrix(path: tuple, parameter: Any) -> bool:
+        stacked = any(getattr(key, "key", getattr(key, "name", None)) == _STACKED for key in path)
+        return parameter.ndim - stacked >= 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """Clipping, Adam, decoupled weight decay on matrices, and the learning rate, as one optax transformation.
+
+    Its `update` takes `step=`, the number of this update counted from 1, since the learning rate follows the run's
+    steps, also past those that a non-finite loss skipped; Adam's moments and their bias correction follow the
+    updates that were made.
+    """
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        _scale_by_learning_rate(learning_rate_schedule(config)),
+    )
+
+
+class _NoState(NamedTuple):
+    pass
+
+
+def _scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by minus the learning rate of update number `step`."""
+
+    def update(updates, state, params=None, *, step, **_):
+        del params
+        rate = schedule(step)
+        return jax.tree.map(lambda update: -rate * update, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: _NoState(), update)

@@ -1,0 +1,180 @@
+"""One training step: loss, gradient, update, metrics, compiled as one function.
+
+B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxmoe.config import ModelConfig, TrainConfig
+from jaxmoe.layers import RouterStatistics, auxiliary_losses, load_metrics
+from jaxmoe.models import Decoder, language_model_loss
+from jaxmoe.training.optimizer import make_optimizer
+from jaxmoe.training.schedule import learning_rate_schedule
+from jaxmoe.training.state import RecentSums, TrainState, model_graph, relevant_to_step
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+_BATCH_KEYS = ("inputs", "targets", "loss_weights", "segment_ids", "source")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BatchSums:
+    """What a forward pass over some rows adds up to. Every entry is a plain sum, so micro-batches add.
+
+    Attributes:
+      nll: weighted negative log-likelihood, nats; what is differentiated.
+      source_nll: the same of each source, without a gradient.
+      source_weight: loss weight of each source.
+      tokens: predicted positions, padding is none.
+      router: sums of the routers; None if every layer is dense.
+    """
+
+    nll: Float[Array, ""]
+    source_nll: Float[Array, " sources"]
+    source_weight: Float[Array, " sources"]
+    tokens: Float[Array, ""]
+    router: RouterStatistics | None
+
+
+def batch_sums(model: Decoder, batch: Batch, num_sources: int) -> BatchSums:
+    """Runs `model` on a batch, and adds up.
+
+    Args:
+      model: to run.
+      batch: as `jaxmoe.data.Mixture` makes them.
+      num_sources: of the mixture.
+    """
+    hidden, router = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
+    weights = batch["loss_weights"]
+    total, nll = language_model_loss(hidden, model.head_weight, batch["targets"], weights)
+    of_source = jax.nn.one_hot(batch["source"], num_sources, axis=0)
+    return BatchSums(
+        nll=total,
+        source_nll=of_source @ jnp.sum(weights * nll, axis=-1),
+        source_weight=of_source @ jnp.sum(weights, axis=-1),
+        tokens=jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
+        router=router,
+    )
+
+
+def accumulated_sums(
+    forward: Callable[[nnx.State, Batch], BatchSums], params: nnx.State, batch: Batch, micro_batches: int
+) -> BatchSums:
+    """`forward` over `micro_batches` equal parts of the batch, one after the other, added up.
+
+    Losses are formed from the totals, so that they do not depend on the number of parts. Their gradient needs the
+    totals before any part can be differentiated; each part is therefore recomputed in the backward pass.
+    """
+    if micro_batches == 1:
+        return forward(params, batch)
+    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(carry, part):
+        return carry, forward(params, part)
+
+    _, sums = jax.lax.scan(step, None, parts)
+    return jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+
+def make_train_step(model: ModelConfig, train: TrainConfig, num_sources: int) -> TrainStep:
+    """The compiled step, one for all runs that differ only in seed, data or bookkeeping.
+
+    The step takes a state, which it donates, and a batch with the arrays of `jaxmoe.data.Mixture`, and returns the
+    next state and metrics that are still being computed:
+
+    * `loss`: sum of weighted negative log-likelihoods / sum of weights, nats per token, no auxiliary loss in it;
+      `source_loss` (sources,): the same of each source, NaN where the batch has none of it.
+    * `load_balance`, `router_z`: auxiliary losses without their coefficients; `total_loss`: what is differentiated.
+    * `grad_norm` before clipping, `param_norm` before the update, `learning_rate` of the update.
+    * those of `jaxmoe.layers.load_metrics` if a layer routes.
+    * `tokens`: predicted positions without padding; `skipped` and `skipped_in_a_row`, as in `TrainState`.
+
+    A step whose total loss or gradient norm is not finite changes nothing but the counters.
+
+    Args:
+      model, train: of the run.
+      num_sources: of the mixture, weight 0 included.
+    """
+    return _compiled_step(model, relevant_to_step(train), num_sources)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_step(model: ModelConfig, train: TrainConfig, num_sources: int) -> TrainStep:
+    optimizer, schedule = make_optimizer(train), learning_rate_schedule(train)
+    graph = model_graph(model)
+
+    def objective(params: nnx.State, others: nnx.State, batch: Batch) -> tuple[Float[Array, ""], tuple]:
+        def forward(params, rows):
+            return batch_sums(nnx.merge(graph, params, others), rows, num_sources)
+
+        sums = accumulated_sums(forward, params, batch, train.gradient_accumulation)
+        loss = sums.nll / jnp.maximum(sums.source_weight.sum(), 1e-9)
+        auxiliary = {} if sums.router is None else auxiliary_losses(sums.router, model.moe)
+        total = loss
+        if auxiliary:
+            total += model.moe.load_balance_coefficient * auxiliary["load_balance"]
+            total += model.moe.router_z_coefficient * auxiliary["router_z"]
+        return total, (sums, {"loss": loss, **auxiliary, "total_loss": total})
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = {key: batch[key] for key in _BATCH_KEYS}
+        gradient, (sums, losses) = jax.grad(objective, has_aux=True)(state.params, state.others, batch)
+        grad_norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(losses["total_loss"]) & jnp.isfinite(grad_norm)
+        with jax.named_scope("update"):
+            number = state.step + 1
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, step=number)
+            params = optax.apply_updates(state.params, updates)
+
+        def keep_unless_finite(new, old):
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+        bad = 1 - finite.astype(jnp.int32)
+        following = dataclasses.replace(
+            state,
+            step=number,
+            params=keep_unless_finite(params, state.params),
+            opt_state=keep_unless_finite(opt_state, state.opt_state),
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+            recent=keep_unless_finite(_add_recent(state.recent, sums), state.recent),
+        )
+        metrics = {
+            **losses,
+            "source_loss": sums.source_nll / sums.source_weight,
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(state.params),
+            "learning_rate": schedule(number),
+            **({} if sums.router is None else load_metrics(sums.router)),
+            "tokens": sums.tokens,
+            "skipped": following.skipped,
+            "skipped_in_a_row": following.skipped_in_a_row,
+        }
+        return following, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _add_recent(recent: RecentSums, sums: BatchSums) -> RecentSums:
+    routed = sums.router is not None
+    return RecentSums(
+        source_nll=recent.source_nll + sums.source_nll,
+        source_weight=recent.source_weight + sums.source_weight,
+        expert_count=recent.expert_count + sums.router.expert_count if routed else recent.expert_count,
+        dropped=recent.dropped + sums.router.dropped.sum() if routed else recent.dropped,
+    )

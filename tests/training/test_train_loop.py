@@ -1,0 +1,244 @@
+"""A whole run: its logs, its evaluations, how it stops and how it goes on."""
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+
+from jaxmoe.config import ConfigError
+from jaxmoe.data import Mixture
+from jaxmoe.training import NonFiniteLossError, averaging_window, make_train_step, train
+from jaxmoe.training.progress import ProgressReporter
+
+
+@dataclasses.dataclass
+class Seen:
+    """What an evaluator saw, kept as plain values."""
+
+    step: int
+    training_loss: float
+    source_losses: dict
+    expert_load: np.ndarray
+    output_norm: float
+
+
+class Evaluator:
+    """Writes down each call; optionally does something at a step."""
+
+    def __init__(self, at: int | None = None, action=None):
+        self.seen, self._at, self._action = [], at, action
+
+    def __call__(self, context):
+        norm = float(np.linalg.norm(context.model().output[...]))
+        self.seen.append(
+            Seen(context.step, context.training_loss, context.source_losses, np.array(context.expert_load), norm)
+        )
+        if context.step == self._at:
+            self._action()
+
+
+def log_of(directory) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_run, tmp_path_factory):
+    """A run from beginning to end."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    evaluator = Evaluator()
+    result = train(tiny_run, directory, on_evaluate=evaluator)
+    return directory, result, evaluator.seen
+
+
+def test_logs_every_second_step(undisturbed):
+    directory, result, _ = undisturbed
+    log = log_of(directory)
+    assert [line["step"] for line in log] == list(range(2, 25, 2))
+    assert (result.status, result.step, result.loss) == ("done", 24, log[-1]["loss"])
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+    assert log[1]["learning_rate"] == pytest.approx(1e-2)  # the end of warm-up
+    assert log[-1]["learning_rate"] == pytest.approx(1e-3)
+    assert [line["skipped"] for line in log] == [0] * 12
+    assert list(log[0]) == [
+        "step", "loss", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
+        "dropped_fraction", "load_max_over_mean", "load_cv", "loss/knowledge", "loss/reasoning", "dead_experts",
+        "tokens", "skipped",
+    ]  # fmt: skip
+
+
+def test_what_the_run_directory_holds(undisturbed, tiny_run):
+    directory = undisturbed[0]
+    assert {path.name for path in directory.iterdir()} >= {
+        "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "throughput.jsonl",
+    }  # fmt: skip
+    assert sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.is_dir()) == [18, 24]
+    about = json.loads((directory / "checkpoints" / "24" / "metadata" / "metadata").read_text())
+    assert about["data"] == {"iterator": {"next_index": 24}, "step": 24, "rows": 192}
+    assert about["evaluated"] is True
+    assert sum(source["rows"] for source in about["sources"].values()) == 192
+    for line in (directory / "throughput.jsonl").read_text().splitlines():
+        speed = json.loads(line)
+        assert 0 < speed["tokens_per_second"] < speed["positions_per_second"]
+        assert speed["model_flops_per_second"] > speed["tokens_per_second"]
+
+
+def test_evaluations_see_the_mean_of_the_last_steps(undisturbed, tiny_run):
+    """The window is one step here, so the loss is that step's; the load is a distribution over experts."""
+    directory, _, seen = undisturbed
+    assert averaging_window(tiny_run.train, 3) == 1
+    losses = {line["step"]: line for line in log_of(directory)}
+    assert [call.step for call in seen] == [8, 16, 24]
+    for call in seen:
+        line = losses[call.step]
+        assert call.training_loss == pytest.approx(line["loss"], rel=1e-5)
+        assert call.source_losses["knowledge"] == pytest.approx(line["loss/knowledge"], rel=1e-5)
+        np.testing.assert_allclose(call.expert_load.sum(axis=1), [1, 1], rtol=1e-5)
+        assert 4 * call.expert_load.max(axis=1).mean() == pytest.approx(line["load_max_over_mean"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "points", "window"), [(1200, 5, 24), (100_000, 5, 100), (30, 30, 1), (600, 200, 3)])
+def test_averaging_window(tiny_run, replace_train, steps, points, window):
+    assert averaging_window(replace_train(tiny_run, steps=steps).train, points) == window
+
+
+def test_a_finished_run_is_left_as_it_is(undisturbed, tiny_run):
+    directory, result, _ = undisturbed
+    before = (directory / "metrics.jsonl").read_bytes()
+    evaluator = Evaluator()
+    assert train(tiny_run, directory, on_evaluate=evaluator) == result
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    assert evaluator.seen == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_end(undisturbed, tiny_run, tmp_path, number):
+    """Sent while step 16 is evaluated: a checkpoint of that step, then the same bytes as undisturbed."""
+    handler = signal.getsignal(number)
+    evaluator = Evaluator(16, lambda: os.kill(os.getpid(), number))
+    result = train(tiny_run, tmp_path, on_evaluate=evaluator)
+    assert (result.status, result.step) == ("resumable", 16)
+    assert signal.getsignal(number) is handler
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(2, 17, 2))
+    assert train(tiny_run, tmp_path, on_evaluate=evaluator) == undisturbed[1]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+    assert [dataclasses.astuple(call)[:3] for call in evaluator.seen] == [
+        dataclasses.astuple(call)[:3] for call in undisturbed[2]
+    ]
+    assert evaluator.seen[-1].output_norm == undisturbed[2][-1].output_norm
+
+
+class SignalAtStep(ProgressReporter):
+    """Sends a signal when a step is reported."""
+
+    def __init__(self, step: int):
+        super().__init__(io.StringIO())
+        self._step = step
+
+    def advance(self, step, *args):
+        if step == self._step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_evaluation_put_off_by_a_signal_is_made_up_for(undisturbed, tiny_run, tmp_path):
+    """Step 14 is looked at when step 16 has begun, which is then saved without its evaluation."""
+    evaluator = Evaluator()
+    result = train(tiny_run, tmp_path, on_evaluate=evaluator, progress=SignalAtStep(14))
+    assert (result.status, result.step) == ("resumable", 16)
+    assert [call.step for call in evaluator.seen] == [8]
+    train(tiny_run, tmp_path, on_evaluate=evaluator)
+    assert [call.step for call in evaluator.seen] == [8, 16, 24]
+    assert evaluator.seen[1].training_loss == undisturbed[2][1].training_loss
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+
+
+def test_pressing_ctrl_c_twice_leaves_at_once(tiny_run, tmp_path):
+    def impatient():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run, tmp_path, on_evaluate=Evaluator(8, impatient))
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the loss of the given 0-based steps infinite."""
+
+    def apply(steps):
+        original = Mixture.batch
+
+        def batch(self, step):
+            made = original(self, step)
+            return dict(made, loss_weights=np.full_like(made["loss_weights"], np.inf)) if step in steps else made
+
+        monkeypatch.setattr(Mixture, "batch", batch)
+
+    return apply
+
+
+def test_a_few_non_finite_steps_are_skipped_and_counted(tiny_run, tmp_path, poison, caplog):
+    poison({8, 9, 13})
+    with caplog.at_level(logging.WARNING, "jaxmoe"):
+        assert train(tiny_run, tmp_path).status == "done"
+    log = {line["step"]: line for line in log_of(tmp_path)}
+    assert log[10]["loss"] is None
+    assert {step: line["skipped"] for step, line in log.items() if step in (8, 10, 12, 14, 24)} == {
+        8: 0, 10: 2, 12: 2, 14: 3, 24: 3,
+    }  # fmt: skip
+    assert np.isfinite(log[24]["loss"])
+    assert re.findall(r"step (\d+) is skipped", caplog.text) == ["9", "10", "14"]
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(tiny_run, tmp_path, poison):
+    """Three from the batch of step 15 on; the newest checkpoint is of step 12, and stays."""
+    poison(set(range(14, 24)))
+    for _ in range(2):  # run again, it fails in the same way
+        said = "3 steps in a row, 15 to 17. The last good step is 14; the last checkpoint is of step 12"
+        with pytest.raises(NonFiniteLossError, match=said):
+            train(tiny_run, tmp_path)
+        assert [line["step"] for line in log_of(tmp_path)][-1] == 16
+
+
+def test_directory_of_another_configuration(undisturbed, tiny_run, replace_train):
+    """Every difference is shown; the directory stays as it is."""
+    directory = undisturbed[0]
+    other = dataclasses.replace(replace_train(tiny_run, learning_rate=0.5, steps=30), seed=7)
+    before = (directory / "config.json").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        train(other, directory)
+    message = str(caught.value)
+    for expected in (
+        str(directory), "train.learning_rate: 0.01 in the folder, 0.5 now", "train.steps: 24 in the folder, 30 now",
+        "seed: 3 in the folder, 7 now", "--resume=force", "another folder",
+    ):  # fmt: skip
+        assert expected in message
+    assert "batch_size" not in message
+    assert (directory / "config.json").read_bytes() == before
+
+
+def test_force_goes_on_with_the_other_configuration(tiny_run, replace_train, tmp_path):
+    train(tiny_run, tmp_path)
+    longer = replace_train(tiny_run, log_every=3)
+    assert train(longer, tmp_path, resume="force").step == 24
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["log_every"] == 3
+    shorter = replace_train(tiny_run, steps=12)
+    with pytest.raises(ConfigError, match=r"train.steps=12, but the newest checkpoint in .* is of step 24"):
+        train(shorter, tmp_path, resume="force")
+
+
+def test_vocabulary_smaller_than_the_tokenizers(tiny_run, tmp_path):
+    small = dataclasses.replace(tiny_run, model=dataclasses.replace(tiny_run.model, vocab_size=64))
+    with pytest.raises(ConfigError, match=r"model.vocab_size=64 but the tokenizer 'symbols' has \d+ tokens"):
+        train(small, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_step_is_compiled_once(tiny_run, undisturbed):
+    """Fresh, resumed and cleared states are alike to the compiler."""
+    assert make_train_step(tiny_run.model, tiny_run.train, 2)._cache_size() == 1
