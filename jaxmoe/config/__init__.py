@@ -1,0 +1,40 @@
+"""Configuration: frozen dataclasses that validate themselves.
+
+Everything a run depends on is one `RunConfig`; a mistake in it is an error when it is built, in the words of
+whoever wrote it.
+"""
+
+from jaxmoe.config.data import (
+    SOURCE_KINDS,
+    DataConfig,
+    KnowledgeSource,
+    QuestionAnswerSource,
+    ReasoningSource,
+    SourceConfig,
+    TextSource,
+)
+from jaxmoe.config.errors import ConfigError, nearest
+from jaxmoe.config.model import DType, ModelConfig, MoEConfig
+from jaxmoe.config.run import EvaluationConfig, RunConfig, TrainConfig
+from jaxmoe.config.values import config_hash, from_dict, to_dict
+
+__all__ = [
+    "SOURCE_KINDS",
+    "ConfigError",
+    "DType",
+    "DataConfig",
+    "EvaluationConfig",
+    "KnowledgeSource",
+    "MoEConfig",
+    "ModelConfig",
+    "QuestionAnswerSource",
+    "ReasoningSource",
+    "RunConfig",
+    "SourceConfig",
+    "TextSource",
+    "TrainConfig",
+    "config_hash",
+    "from_dict",
+    "nearest",
+    "to_dict",
+]

@@ -1,0 +1,144 @@
+"""One run: how it is trained and evaluated, and `RunConfig`, which is everything that it depends on.
+
+B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from jaxmoe.config.data import DataConfig
+from jaxmoe.config.errors import require, require_non_negative, require_positive
+from jaxmoe.config.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in what batches, with which optimizer. Defaults are the paper's where it states one.
+
+    Attributes:
+      steps: optimizer steps.
+      batch_size: B, sequences per step over all devices.
+      sequence_length: S, tokens predicted per row.
+      gradient_accumulation: micro-batches per step; numbers do not depend on it.
+      learning_rate: peak of AdamW's.
+      schedule: `warmup_cosine`, `warmup_stable_decay` (linear decay over the last `decay_fraction`), or
+        `constant` (after warm-up).
+      warmup_steps: linear from 0.
+      final_learning_rate_fraction: where the decay ends, relative to the peak.
+      decay_fraction: share of the steps that `warmup_stable_decay` decays over.
+      beta1, beta2, epsilon, weight_decay: AdamW; decay is decoupled, times the learning rate, on matrices only.
+      clip_norm: of the global gradient; None does not clip.
+      log_every: steps between lines of metrics.jsonl.
+      checkpoint_every: steps between checkpoints; None: ten per run. The last step is always saved.
+      keep_checkpoints: how many of the newest stay.
+      max_nonfinite_steps: this many skipped steps in a row stop the run.
+    """
+
+    steps: int
+    batch_size: int
+    sequence_length: int
+    gradient_accumulation: int = 1
+    learning_rate: float = 4e-4
+    schedule: Literal["warmup_cosine", "warmup_stable_decay", "constant"] = "warmup_cosine"
+    warmup_steps: int = 0
+    final_learning_rate_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    max_nonfinite_steps: int = 20
+
+    def __post_init__(self):
+        require_positive(
+            self, "steps", "batch_size", "sequence_length", "gradient_accumulation", "learning_rate", "log_every",
+            "keep_checkpoints", "max_nonfinite_steps", "epsilon",
+        )
+        require_non_negative(self, "warmup_steps", "final_learning_rate_fraction", "weight_decay")
+        require(
+            self.batch_size % self.gradient_accumulation == 0,
+            f"batch_size={self.batch_size} is not divisible by gradient_accumulation={self.gradient_accumulation}.",
+        )
+        require(
+            self.warmup_steps <= self.steps,
+            f"warmup_steps={self.warmup_steps} is more than steps={self.steps}.",
+        )
+        require(0 < self.decay_fraction <= 1, f"decay_fraction={self.decay_fraction}; choose 0 < decay_fraction <= 1.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name}={value}; choose 0 <= {name} < 1.")
+        if self.checkpoint_every is not None:
+            require_positive(self, "checkpoint_every")
+        if self.clip_norm is not None:
+            require_positive(self, "clip_norm")
+
+    @property
+    def tokens(self) -> int:
+        """Token positions of the whole run, padding included: steps · B · S."""
+        return self.steps * self.batch_size * self.sequence_length
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Steps between checkpoints with the default resolved."""
+        return self.checkpoint_every or max(1, math.ceil(self.steps / 10))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured while and after training. Evaluation is always dropless.
+
+    Attributes:
+      points: how many times, evenly spaced, the last step included.
+      examples: at most this many per split and task.
+      batch_size: rows per evaluation batch.
+      validation_rows: at most this many rows per source and split for the validation loss.
+      generate: also score question/answer sources by generating answers.
+      max_new_tokens: longest generated answer.
+    """
+
+    points: int = 5
+    examples: int = 512
+    batch_size: int = 128
+    validation_rows: int = 512
+    generate: bool = True
+    max_new_tokens: int = 256
+
+    def __post_init__(self):
+        require_positive(self, "points", "examples", "batch_size", "validation_rows", "max_new_tokens")
+
+    def steps_of(self, total: int) -> tuple[int, ...]:
+        """The steps after which to evaluate a run of `total` steps."""
+        points = min(self.points, total)
+        return tuple(sorted({round(total * (i + 1) / points) for i in range(points)}))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, complete.
+
+    Attributes:
+      name: of the member; its folder in the study's.
+      seed: of initialization, data and order.
+    """
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = 0
+
+    def __post_init__(self):
+        require_non_negative(self, "seed")
+        require(
+            self.train.sequence_length <= self.model.max_sequence_length,
+            f"train.sequence_length={self.train.sequence_length} exceeds "
+            f"model.max_sequence_length={self.model.max_sequence_length}.",
+        )

@@ -1,0 +1,113 @@
+"""Configurations from and to plain values: strict, with the dotted path of a mistake in its message."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from jaxmoe.config.data import SOURCE_KINDS, SourceConfig
+from jaxmoe.config.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values; `from_dict` of it gives an equal configuration."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(config)
+
+
+def config_hash(config: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the configuration's canonical JSON."""
+    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Builds a configuration dataclass from nested plain values, strictly.
+
+    Args:
+      kind: the dataclass, `RunConfig` or one of its sections.
+      values: by field name; nested sections are mappings.
+      path: where `values` stands, for messages.
+
+    Raises:
+      ConfigError: an unknown key (with the nearest known one), a missing key, a value of another type, or a
+        value the dataclass refuses; the message starts with the dotted path.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    prefix = f"{path}." if path else ""
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"unknown key {prefix}{key!s}.{nearest(str(key), fields)}")
+    built = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in built:
+            raise ConfigError(f"{prefix}{name} is missing.")
+    try:
+        return kind(**built)
+    except ConfigError as error:
+        if path and not getattr(error, "located", False):
+            error = ConfigError(f"{path}: {error}")
+        error.located = True
+        raise error from None
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type `hint`, or a ConfigError that names `path`."""
+    origin = typing.get_origin(hint)
+    if hint == SourceConfig:
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        if kind not in SOURCE_KINDS:
+            raise ConfigError(f"{path}.kind={kind!r}.{nearest(str(kind), SOURCE_KINDS)}")
+        return from_dict(SOURCE_KINDS[kind], value, path)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = [option for option in typing.get_args(hint) if option is not type(None)]
+        return _convert(inner, value, path)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise ConfigError(f"{path}={value!r}; choose one of {', '.join(map(repr, options))}.")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            keys = ", ".join(field.name for field in dataclasses.fields(hint))
+            raise ConfigError(f"{path}={value!r}; a section with {keys} is needed.")
+        return from_dict(hint, value, path)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path}={value!r}; a list of strings is needed.")
+        return tuple(_convert(typing.get_args(hint)[0], item, path) for item in value)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value!r}; a section of named entries is needed.")
+        item = typing.get_args(hint)[1]
+        return {str(key): _convert(item, entry, f"{path}.{key}") for key, entry in value.items()}
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}={value!r} is not finite.")
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {getattr(hint, '__name__', hint)} is needed.")

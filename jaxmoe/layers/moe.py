@@ -1,0 +1,176 @@
+"""The Mixture-of-Experts layer: router, plan, routed MLP, combine, in that order.
+
+T tokens, D width, E experts, K experts per token, F hidden width of one expert, C rows of one expert's capacity.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+import pallas_kernels
+from jaxmoe.config import ConfigError, ModelConfig, MoEConfig, from_dict
+from jaxmoe.layers.parameters import normal_parameter, residual_output_std
+from jaxmoe.layers.router import Router, Routing
+from jaxmoe.layers.statistics import RouterStatistics
+
+
+class MoE(nnx.Module):
+    """K of E SwiGLU experts for every token.
+
+    Args:
+      width: D.
+      num_experts: E.
+      experts_per_token: K, at most E.
+      expert_hidden: F.
+      score_order, renormalize, router_dtype, capacity_factor, backend: as in `jaxmoe.config.MoEConfig`.
+      init_std: of the router, gate and up weights.
+      output_init_std: of the down weights; None for init_std.
+      compute_dtype: of the experts' matrix products.
+      rngs: the `params` stream initializes.
+
+    Raises:
+      ConfigError (a ValueError): a value that cannot be; the message says what can.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_experts: int,
+        experts_per_token: int,
+        expert_hidden: int,
+        score_order: str = "topk_then_softmax",
+        renormalize: bool = True,
+        router_dtype: str = "float32",
+        capacity_factor: float | None = None,
+        backend: str = "auto",
+        init_std: float = 0.02,
+        output_init_std: float | None = None,
+        compute_dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        routing = {
+            "num_experts": num_experts,
+            "experts_per_token": experts_per_token,
+            "score_order": score_order,
+            "renormalize": renormalize,
+            "router_dtype": router_dtype,
+        }
+        from_dict(
+            MoEConfig,
+            routing | {"expert_hidden": expert_hidden, "capacity_factor": capacity_factor, "backend": backend},
+            "MoE",
+        )
+        if num_experts == 0:
+            raise ConfigError("MoE: num_experts=0; a layer without experts is jaxmoe.layers.DenseMLP.")
+        if width <= 0:
+            raise ConfigError(f"MoE: width={width}; it must be positive.")
+        if compute_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"MoE: compute_dtype={compute_dtype!r}; choose one of 'float32', 'bfloat16'.")
+        if backend != "auto":
+            pallas_kernels.resolved_backend(backend)
+        self.backend = backend
+        self.num_experts = num_experts
+        self.experts_per_token = experts_per_token
+        self.capacity_factor = capacity_factor
+        self.compute_dtype = compute_dtype
+        self.router = Router(width, **routing, init_std=init_std, rngs=rngs)
+        self.gate_up = normal_parameter(rngs, (num_experts, width, 2 * expert_hidden), init_std)
+        self.down = normal_parameter(
+            rngs, (num_experts, expert_hidden, width), init_std if output_init_std is None else output_init_std
+        )
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs) -> MoE:
+        """The MoE layer that `config` describes."""
+        moe = config.moe
+        if moe is None:
+            raise ConfigError("moe=None; a layer without experts is jaxmoe.layers.DenseMLP.")
+        return cls(
+            config.width,
+            num_experts=moe.num_experts,
+            experts_per_token=moe.experts_per_token,
+            expert_hidden=moe.expert_hidden,
+            score_order=moe.score_order,
+            renormalize=moe.renormalize,
+            router_dtype=moe.router_dtype,
+            capacity_factor=moe.capacity_factor,
+            backend=moe.backend,
+            init_std=config.init_std,
+            output_init_std=residual_output_std(config),
+            compute_dtype=config.compute_dtype,
+            rngs=rngs,
+        )
+
+    def set_view(self, dropless: bool | None = None, **kwargs: Any) -> dict[str, Any]:
+        """For `nnx.view(model, dropless=True)`: the same parameters without a capacity limit.
+
+        Args:
+          dropless: True removes the capacity limit.
+        """
+        if dropless:
+            self.capacity_factor = None
+        return kwargs
+
+    def capacity(self, tokens: int) -> int | None:
+        """C = ceil(capacity_factor · T · K / E) rows for each expert; None when dropless."""
+        if self.capacity_factor is None:
+            return None
+        return math.ceil(self.capacity_factor * tokens * self.experts_per_token / self.num_experts)
+
+    def __call__(
+        self, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None = None
+    ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
+        """Routes every token and returns the gated sum of its experts' outputs.
+
+        Args:
+          x: tokens, any leading axes.
+          mask: False marks padding: not routed, not counted, output zero.
+
+        Returns:
+          The outputs, in compute_dtype, and the sums that auxiliary losses and load metrics are made of.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        keep = None if mask is None else mask.reshape(-1)
+        with jax.named_scope("router"):
+            routing = self.router(tokens)
+        with jax.named_scope("plan"):
+            plan = pallas_kernels.make_plan(
+                routing.expert_index, self.num_experts, capacity=self.capacity(tokens.shape[0]), mask=keep
+            )
+            statistics = self._statistics(routing, plan, keep)
+        with jax.named_scope("routed_mlp"):
+            y = pallas_kernels.moe_mlp(
+                tokens.astype(self.compute_dtype),
+                routing.expert_index,
+                routing.gate,
+                self.gate_up[...].astype(self.compute_dtype),
+                self.down[...].astype(self.compute_dtype),
+                plan=plan,
+                backend=self.backend,
+            )
+        return y.reshape(x.shape), statistics
+
+    def _statistics(
+        self, routing: Routing, plan: pallas_kernels.Plan, keep: Bool[Array, " T"] | None
+    ) -> RouterStatistics:
+        weight = jnp.ones(routing.gate.shape[0], jnp.float32) if keep is None else keep.astype(jnp.float32)
+        if self.capacity_factor is None:
+            count = plan.group_sizes.astype(jnp.float32)
+        else:
+            expert = jnp.arange(self.num_experts, dtype=jnp.int32)
+            chosen = (routing.expert_index[:, :, None] == expert).sum(axis=1, dtype=jnp.float32)
+            count = weight @ chosen
+        return RouterStatistics(
+            expert_count=count,
+            probability_sum=weight @ routing.probabilities,
+            z_sum=jnp.sum(weight * jnp.square(routing.log_normalizer)),
+            token_count=weight.sum(),
+            dropped=plan.dropped.astype(jnp.float32),
+        )

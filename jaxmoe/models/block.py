@@ -1,0 +1,147 @@
+"""One Transformer block, and runs of equal blocks under one scan.
+
+B batch, S sequence, D width, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.layers.attention import Attention, KeyValueCache
+from jaxmoe.layers.mlp import DenseMLP
+from jaxmoe.layers.moe import MoE
+from jaxmoe.layers.norm import RMSNorm
+from jaxmoe.layers.parameters import residual_output_std
+from jaxmoe.layers.statistics import RouterStatistics
+
+Kind = Literal["dense", "moe"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenContext:
+    """What every block needs to know of the tokens.
+
+    Attributes:
+      cosine, sine: rotary angles.
+      groups: as in `Attention`; None for one document without padding.
+      mask: False on padding; None for no padding.
+      positions: of the tokens in the cache; None without a cache.
+    """
+
+    cosine: Float[Array, "#B S half"]
+    sine: Float[Array, "#B S half"]
+    groups: Int[Array, "B S"] | None = None
+    mask: Bool[Array, "B S"] | None = None
+    positions: Int[Array, "B S"] | None = None
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with a dense or a routed MLP."""
+
+    def __init__(self, config: ModelConfig, kind: Kind, *, rngs: nnx.Rngs):
+        self.kind = kind
+        self.attention_norm = RMSNorm(config.width, epsilon=config.norm_eps)
+        self.attention = Attention.from_config(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width, epsilon=config.norm_eps)
+        if kind == "moe":
+            self.mlp = MoE.from_config(config, rngs=rngs)
+        else:
+            self.mlp = DenseMLP(
+                config.width,
+                config.dense_hidden_size,
+                init_std=config.init_std,
+                output_init_std=residual_output_std(config),
+                compute_dtype=config.compute_dtype,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self, x: Float[Array, "B S D"], context: TokenContext, cache: KeyValueCache | None = None
+    ) -> tuple[Float[Array, "B S D"], RouterStatistics | None, KeyValueCache | None]:
+        attended, cache = self.attention(
+            self.attention_norm(x),
+            rotary=(context.cosine, context.sine),
+            groups=context.groups,
+            cache=cache,
+            positions=context.positions,
+        )
+        x = x + attended
+        if self.kind == "dense":
+            return x + self.mlp(self.mlp_norm(x)), None, cache
+        routed, statistics = self.mlp(self.mlp_norm(x), context.mask)
+        return x + routed, statistics, cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Repetition:
+    """`repeats` times the same sequence of layer kinds."""
+
+    kinds: tuple[Kind, ...]
+    repeats: int
+
+
+def repetitions(config: ModelConfig) -> tuple[Repetition, ...]:
+    """The layers as a dense prefix, a repeated period of moe_every layers, and a dense rest.
+
+    The number of distinct blocks to compile does not depend on num_layers.
+    """
+    if config.num_moe_layers == 0:
+        return (Repetition(("dense",), config.num_layers),)
+    periods, rest = divmod(config.num_layers - config.first_dense_layers, config.moe_every)
+    period: tuple[Kind, ...] = ("dense",) * (config.moe_every - 1) + ("moe",)
+    runs = (
+        Repetition(("dense",), config.first_dense_layers), Repetition(period, periods), Repetition(("dense",), rest),
+    )
+    return tuple(run for run in runs if run.repeats > 0)
+
+
+class BlockStack(nnx.Module):
+    """The blocks of one `Repetition`; their parameters carry a leading axis of `repeats`."""
+
+    def __init__(self, config: ModelConfig, repetition: Repetition, *, rngs: nnx.Rngs):
+        self.repeats = repetition.repeats
+        self.remat = config.remat
+
+        @nnx.split_rngs(splits=repetition.repeats)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+        def create(rngs: nnx.Rngs) -> nnx.List:
+            return nnx.List([Block(config, kind, rngs=rngs) for kind in repetition.kinds])
+
+        self.blocks = create(rngs)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], context: TokenContext, caches: list[KeyValueCache] | None = None
+    ) -> tuple[Float[Array, "B S D"], list[RouterStatistics], list[KeyValueCache] | None]:
+        """Runs the blocks in turn.
+
+        Args:
+          x: hidden states.
+          context: of the tokens.
+          caches: one for each kind of the repetition, with a leading axis of `repeats`.
+
+        Returns:
+          Hidden states; the statistics of each routed kind, with a leading axis of `repeats`; the caches.
+        """
+        definition, state = nnx.split(self.blocks)
+
+        def step(x, scanned):
+            state, caches = scanned
+            statistics, written = [], []
+            for index, block in enumerate(nnx.merge(definition, state)):
+                x, routed, cache = block(x, context, None if caches is None else caches[index])
+                statistics += [] if routed is None else [routed]
+                written.append(cache)
+            return x, (statistics, None if caches is None else written)
+
+        if self.remat != "none" and caches is None:
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        x, (statistics, caches) = jax.lax.scan(step, x, (state, caches))
+        return x, statistics, caches
