@@ -4,14 +4,15 @@
     --config=experiments/configs/micro_study.py:headline    its argument: selects a slice or a member
     --config.train.steps=200                                overrides one value for every member
 
-A path that is not there is looked up among the experiment files that come with the package, so that
-`--config=quickstart.py` works from any folder.
+A bare name, or `experiments/configs/NAME.py` where there is no such folder, is one of the experiment files that come
+with the package, so that `--config=quickstart.py` works from any folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import sys
 import typing
@@ -33,7 +34,10 @@ def find_config_file(path: str) -> pathlib.Path:
       ConfigError: there is none; the message names the nearest that exist.
     """
     given = pathlib.Path(path)
-    for candidate in (given, _PACKAGED / given.name, _PACKAGED / f"{given.name}.py"):
+    candidates = [given]
+    if str(given.parent) in (".", "experiments/configs"):
+        candidates += [_PACKAGED / given.name, _PACKAGED / f"{given.name}.py"]
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
     packaged = [file.name for file in _PACKAGED.glob("*.py") if file.name != "__init__.py"]
@@ -127,6 +131,9 @@ def run_with_config(main: Callable[[ml_collections.ConfigDict, tuple[str, ...]],
             return main(holder.value, tuple(config_flags.get_override_values(flags.FLAGS["config"])))
         except ConfigError as error:
             fail(error)
+        except BrokenPipeError:  # the reader of a table, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
     app.run(run, argv=argv)
 

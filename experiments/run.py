@@ -64,17 +64,19 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
 
 
 def _refuse_overrides_without_effect(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> None:
-    """A key that every member sets itself cannot be overridden for all of them."""
+    """A key that every member sets cannot be overridden for all; one that some set is overridden for the rest."""
     members = config.get("members", {})
     for key in overridden:
         if key.split(".")[0] in ("members", "study", "seeds") or not members:
             continue
-        if all(_has(member, key) for member in members.values()):
-            example = next(iter(members))
+        own = [name for name, member in members.items() if _has(member, key)]
+        if len(own) == len(members):
             raise ConfigError(
                 f"--config.{key} has no effect, since every member sets {key} itself; "
-                f"override it for a member: --config.members.{example}.{key}=..."
+                f"override it for a member: --config.members.{own[0]}.{key}=..."
             )
+        if own:
+            print(f"note: --config.{key} does not reach {', '.join(own)}, which set {key} themselves.", file=sys.stderr)
 
 
 def _has(section: ml_collections.ConfigDict, key: str) -> bool:

@@ -36,7 +36,7 @@ def get_config(sources: str = "documents+questions") -> ml_collections.ConfigDic
         "width": 128,
         "num_layers": 4,
         "num_heads": 4,
-        "max_sequence_length": 1024,
+        "max_sequence_length": 1536,
         "document_mask": True,
         "moe": {"num_experts": 4, "experts_per_token": 2, "expert_hidden": 128},
     }
@@ -54,11 +54,11 @@ def get_config(sources: str = "documents+questions") -> ml_collections.ConfigDic
         raise ConfigError(f"text.py:{sources}: choose documents, questions, or documents+questions.")
     config.data = {"tokenizer": "bytes", "sources": {name: available[name] for name in sources.split("+")}}
     config.train = {
-        "steps": 300,
-        "batch_size": 16,
-        "sequence_length": 256,
+        "steps": 200,
+        "batch_size": 8,
+        "sequence_length": 768,
         "learning_rate": 2e-3,
-        "warmup_steps": 50,
+        "warmup_steps": 20,
     }
     config.evaluation = {"points": 3, "examples": 64, "batch_size": 16, "validation_rows": 64, "max_new_tokens": 200}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.flags import _refuse_unknown_overrides, find_config_file, load_config
+from experiments.flags import _let_members_override, _refuse_unknown_overrides, find_config_file, load_config
 from jaxmoe.config import ConfigError
 
 
@@ -50,3 +50,15 @@ def test_an_unknown_override_names_the_nearest_key(flag, message):
     with pytest.raises(ConfigError) as caught:
         _refuse_unknown_overrides(load_config("quickstart.py"), ["run", flag])
     assert message in str(caught.value)
+
+
+def test_a_path_that_is_not_there_does_not_fall_back_to_a_packaged_file(tmp_path):
+    with pytest.raises(ConfigError, match="no such experiment file"):
+        find_config_file(str(tmp_path / "quickstart.py"))
+
+
+def test_a_member_takes_an_override_of_any_key():
+    config = load_config("quickstart.py")
+    _let_members_override(config, ["run", "--config.members.E64.train.steps=3"])
+    assert config.members.E64.train.steps == config.train.steps
+    assert "train" not in config.members.E8
