@@ -7,11 +7,14 @@ vocabulary, S sequence.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from jaxmoe.config import ModelConfig, TrainConfig
 
 COMPONENTS = ("embedding", "head", "attention", "router", "experts", "dense_mlp", "norms")
+LOSS_CHUNK_LOGITS = 2**22
+"""Logits that the loss holds at a time, at most (16 MiB of float32), unless one position of the batch has more."""
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -55,8 +58,8 @@ class FlopsPerToken:
     Attributes:
       approximate: of training, 6 · active parameters (Kaplan et al. 2020, embeddings included).
       components: of the forward pass' matrix products: `projections` (queries, keys, values, output), `attention`
-        (scores and their sum over values, all S keys of a row, as it is computed without a kernel that skips
-        the masked half; PaLM's convention), `router`, `experts`, `dense_mlp`, `head`.
+        (scores and their sum over values, for all S keys of a row: PaLM's convention, not what runs, which skips
+        most of the masked half), `router`, `experts`, `dense_mlp`, `head`.
     """
 
     approximate: int
@@ -147,41 +150,54 @@ def memory_bytes(config: ModelConfig, train: TrainConfig) -> MemoryBytes:
     """Bytes of training on one device.
 
     Weights, gradients and optimizer are exact. Activations are an estimate: for every token of a micro-batch
-    (B · S / gradient_accumulation) the values that the backward pass reads, with c bytes of compute_dtype:
+    (B · S / gradient_accumulation) the values that the backward pass reads, in compute_dtype:
 
+    * `remat="none"`: of every layer two residual states, two normalized states, rotated queries and keys, values,
+      the attention's output and its H float32 logsumexps (the weights are recomputed); of a dense MLP 3F, of a
+      routed one 3E router values in float32 and the 2F hidden values of K experts;
     * `remat="full"`: the D inputs of every layer, plus one layer as under `none` while it is recomputed;
-    * `remat="dots"`: of every layer its input and the results of projections and dense MLP (and of the routed
-      MLP as under `none`), plus one layer as under `none`;
-    * `remat="none"`: of every layer two residual states, two normalized states, queries, keys and values,
-      rotated queries and keys, H · S attention weights, the attention's sum; of a dense MLP 3F, of a routed one
-      2E router values in float32 and K · (2D + 3F);
-    * and for every token 2D for the final norm, and 2V float32 for logits and their gradient.
+    * `remat="dots"`: of every layer its input and the results of projections, router and dense MLP (the experts'
+      are recomputed), plus one layer as under `none`;
+    * and 2D for the final norm.
+
+    Beside these, float32 and three times each (value, exponential, gradient): the logits of one chunk of the loss,
+    and one layer's attention scores of one block of queries. What XLA holds differs; for float32 on CPU the tests
+    see it within a factor of 1.6.
     """
     count = parameter_count(config).total
     compute = _BYTES[config.compute_dtype]
-    tokens = train.batch_size * train.sequence_length // train.gradient_accumulation
+    rows = train.batch_size // train.gradient_accumulation
+    tokens = rows * train.sequence_length
     width, query, key = config.width, config.num_heads * config.head_size, config.kv_heads * config.head_size
-
-    def mlp(kind: str) -> float:
-        if kind == "dense":
-            return 3 * config.dense_hidden_size
-        moe = config.moe
-        return moe.experts_per_token * (2 * width + 3 * moe.expert_hidden) + 8 * moe.num_experts / compute
+    routed = config.moe if config.num_moe_layers else None
 
     def whole(kind: str) -> float:
-        attention = (query + 2 * key) + (query + key) + config.num_heads * train.sequence_length + query
-        return 4 * width + attention + mlp(kind)
+        attention = 2 * (query + key) + 4 * config.num_heads / compute
+        if kind == "dense":
+            return 4 * width + attention + 3 * config.dense_hidden_size
+        experts = 2 * routed.experts_per_token * routed.expert_hidden
+        return 4 * width + attention + 12 * routed.num_experts / compute + experts
 
     def kept(kind: str) -> float:
         if config.remat == "none":
             return whole(kind)
-        return width if config.remat == "full" else 2 * width + query + 2 * key + mlp(kind)
+        if config.remat == "full":
+            return width
+        mlp = 2 * config.dense_hidden_size if kind == "dense" else 4 * routed.num_experts / compute
+        return 2 * width + query + 2 * key + mlp
 
     layers = sum(kept(kind) for kind in config.layer_kinds)
     if config.remat != "none":
         layers += max(whole(kind) for kind in config.layer_kinds)
-    activations = tokens * (compute * (layers + 2 * width) + 8 * config.vocab_size)
+    logits = min(tokens * config.vocab_size, max(LOSS_CHUNK_LOGITS, rows * config.vocab_size))
+    scores = tokens * config.num_heads * attention_block(train.sequence_length)
+    activations = tokens * compute * (layers + 2 * width) + 12 * (logits + scores)
     return MemoryBytes(weights=4 * count, gradients=4 * count, optimizer=8 * count, activations=round(activations))
+
+
+def attention_block(sequence_length: int) -> int:
+    """Queries of a row whose scores training holds at a time (`jaxmoe.layers.causal_attention.query_blocks`)."""
+    return min(sequence_length, max(128, math.ceil(sequence_length / 8)))
 
 
 def tokens_per_parameter(tokens: int, config: ModelConfig) -> float:

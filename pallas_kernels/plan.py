@@ -107,7 +107,7 @@ def make_plan(
         if capacity is not None:
             rank = inverse - offsets[expert]
             kept = jnp.where(rank < capacity, expert, num_experts)
-            dropped = jnp.sum((kept != expert).astype(jnp.int32))
+            dropped = jnp.sum(kept != expert, dtype=jnp.int32)
             expert = kept
             order, inverse, offsets = _group(expert, num_experts)
         return Plan(

@@ -123,7 +123,7 @@ class Layout:
         """Experts (B,) and rows (B, M) of one turn of the loop; blocks past the last have no valid row."""
         tiling = self.tiling
         block = turn * tiling.batch + jnp.arange(tiling.batch, dtype=jnp.int32)
-        expert = jnp.sum((block[:, None] >= self.block_ends).astype(jnp.int32), axis=1)
+        expert = jnp.sum(block[:, None] >= self.block_ends, axis=1, dtype=jnp.int32)
         expert = jnp.minimum(expert, self.num_experts - 1)
         within = block - (self.block_ends - self._block_counts())[expert]
         first = self.offsets[expert] + tiling.window + within * tiling.block
@@ -175,9 +175,9 @@ def layout_of(group_sizes: jax.Array, num_rows: int, weights_per_expert: int) ->
     return Layout(
         tiling=tiling,
         num_rows=num_rows,
-        offsets=jnp.cumsum(group_sizes) - group_sizes,
+        offsets=jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes,
         sizes=group_sizes,
-        block_ends=jnp.cumsum(-(-overflow // tiling.block)),
+        block_ends=jnp.cumsum(-(-overflow // tiling.block), dtype=jnp.int32),
     )
 
 

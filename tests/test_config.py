@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from jaxmoe.config import (
     ConfigError,
+    DataConfig,
     EvaluationConfig,
     ModelConfig,
     MoEConfig,
+    ReasoningSource,
     RunConfig,
     TrainConfig,
     config_hash,
@@ -71,6 +73,10 @@ def test_json_round_trip_is_equal_and_hashes_equal():
         ({"train__warmup_steps": 11}, "warmup_steps=11 is more than steps=10"),
         ({"train__learning_rate": float("nan")}, "train.learning_rate=nan is not finite"),
         ({"train__sequence_length": 5000}, "train.sequence_length=5000 exceeds model.max_sequence_length=4096"),
+        (
+            {"train__gradient_accumulation": 2, "model__moe__capacity_factor": 1.5},
+            "train.gradient_accumulation=2 with model.moe.capacity_factor=1.5: the limit would hold",
+        ),
         ({"data__sources": {}}, "data.sources is empty"),
         ({"data__sources__knowledge__kind": "knowlege"}, "Did you mean 'knowledge'?"),
         ({"data__sources__reasoning__corruption": 1.5}, "corruption=1.5; it is a probability"),
@@ -123,3 +129,9 @@ def test_evaluation_steps_end_at_the_last_step(points, steps):
     assert list(chosen) == sorted(set(chosen))
     assert chosen[0] >= 1
     assert len(chosen) <= points
+
+
+def test_no_source_is_named_as_the_mixture_is():
+    """Its training record would overwrite the mixture's."""
+    with pytest.raises(ConfigError, match="named 'all'"):
+        DataConfig(sources={"all": ReasoningSource()})

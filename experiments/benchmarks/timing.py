@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -57,6 +58,19 @@ def import_seconds(statement: str, *, rounds: int = 7) -> float:
     once(statement)
     pairs = [(once(statement), once("pass")) for _ in range(rounds)]
     return statistics.median(full - empty for full, empty in pairs)
+
+
+def peak_bytes() -> int:
+    """Most memory that this program has held, in bytes.
+
+    Linux's `ru_maxrss` is inherited from the process that started this one, so its own high-water mark is read.
+    """
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def machine() -> dict[str, str | int]:

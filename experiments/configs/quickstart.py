@@ -4,11 +4,11 @@
     python -m experiments.report --workdir=runs/quickstart
 
 Every member sees the same tokens: biographies that only memory can predict, and chained arithmetic with worked
-solutions, a fifth of whose steps are corrupted in training (the test problems are clean and new). Expect the
-recall of biographies to rise steeply with total parameters and the training loss to fall; at this length the
-accuracy on new problems does not separate the members (micro_study.py trains longer and over more seeds).
+solutions, a fifth of whose steps are corrupted in training (the test problems are clean and new).
 
-MEASURED
+Measured, E = 2, 8, 64, one seed: recall of biographies 0.24, 0.51, 0.98; training loss 2.98, 2.16, 0.77; new problems
+solved 0.86, 0.99, 0.92, which one seed of this length does not settle (micro_study.py has more steps and seeds). On 2
+cores: about 1.5 minutes, evaluation included; 3.5 with the machine busy.
 """
 
 import ml_collections

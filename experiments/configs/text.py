@@ -60,7 +60,7 @@ def get_config(sources: str = "documents+questions") -> ml_collections.ConfigDic
         "learning_rate": 2e-3,
         "warmup_steps": 20,
     }
-    config.evaluation = {"points": 3, "examples": 64, "batch_size": 16, "validation_rows": 64, "max_new_tokens": 200}
+    config.evaluation = {"points": 2, "examples": 48, "batch_size": 16, "validation_rows": 64, "max_new_tokens": 200}
 
     config.members = {f"E{num_experts}": {"model": {"moe": {"num_experts": num_experts}}} for num_experts in (4, 16)}
     return config

@@ -182,7 +182,8 @@ class DataConfig:
     Attributes:
       tokenizer: `bytes`, `symbols` (one token per character that the synthetic tasks can write), or a path:
         `*.json` (Hugging Face tokenizers) or `*.model` (sentencepiece).
-      sources: by name; a row of a batch belongs to one source, in proportion to the weights.
+      sources: by name (any but `all`, which stands for the mixture in records); a row of a batch belongs to one
+        source, in proportion to the weights.
       cache_dir: where tokenized text is kept; None: inside the study's folder.
     """
 
@@ -192,6 +193,10 @@ class DataConfig:
 
     def __post_init__(self):
         require(bool(self.sources), "data.sources is empty; name at least one source.")
+        require(
+            "all" not in self.sources,
+            "data.sources has a source named 'all', which stands for the mixture in records; choose another name.",
+        )
         weights = {name: source.weight for name, source in self.sources.items()}
         require(
             sum(weights.values()) > 0,

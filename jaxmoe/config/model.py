@@ -32,8 +32,8 @@ class MoEConfig:
       router_z_coefficient: weight of mean(logsumexp(logits)^2) (ST-MoE); 0 switches it off.
       auxiliary_reduction: `sum` adds the auxiliary losses of all MoE layers (the paper's Megatron-Core),
         `mean` averages them.
-      capacity_factor: None is dropless. A number c gives each expert room for ceil(c·T·K/E) rows; what does
-        not fit, later tokens first, is dropped and counted.
+      capacity_factor: None is dropless. A number c gives each expert room for ceil(c·T·K/E) rows, T the tokens
+        of the batch, padding included; what does not fit, later tokens first, is dropped and counted.
       backend: of `pallas_kernels`; `auto` picks by platform, once, and says which.
     """
 

@@ -22,7 +22,8 @@ class TrainConfig:
       steps: optimizer steps.
       batch_size: B, sequences per step over all devices.
       sequence_length: S, tokens predicted per row.
-      gradient_accumulation: micro-batches per step; numbers do not depend on it.
+      gradient_accumulation: micro-batches per step; numbers do not depend on it, so it cannot be combined with a
+        `capacity_factor`, which would limit each micro-batch.
       learning_rate: peak of AdamW's.
       schedule: `warmup_cosine`, `warmup_stable_decay` (linear decay over the last `decay_fraction`), or
         `constant` (after warm-up).
@@ -142,3 +143,11 @@ class RunConfig:
             f"train.sequence_length={self.train.sequence_length} exceeds "
             f"model.max_sequence_length={self.model.max_sequence_length}.",
         )
+        if self.model.num_moe_layers and self.model.moe.capacity_factor is not None:
+            require(
+                self.train.gradient_accumulation == 1,
+                f"train.gradient_accumulation={self.train.gradient_accumulation} with "
+                f"model.moe.capacity_factor={self.model.moe.capacity_factor}: the limit would hold for each "
+                "micro-batch, and drop other tokens than without accumulation. Use gradient_accumulation=1, or no "
+                "capacity_factor.",
+            )

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -102,12 +103,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path}={value!r}; a section of named entries is needed.")
         item = typing.get_args(hint)[1]
         return {str(key): _convert(item, entry, f"{path}.{key}") for key, entry in value.items()}
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise ConfigError(f"{path}={value!r} is not finite.")
         return float(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
     if hint in (str, bool) and isinstance(value, hint):
         return value
     raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {getattr(hint, '__name__', hint)} is needed.")

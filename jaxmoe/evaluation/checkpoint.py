@@ -8,7 +8,7 @@ from etils import epath
 
 from jaxmoe.config import RunConfig
 from jaxmoe.data import Mixture, load_tokenizer
-from jaxmoe.training import Checkpoints, EvaluationContext, evaluation_context, init_state
+from jaxmoe.training import Checkpoints, EvaluationContext, Resumed, evaluation_context, init_state
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 
 
@@ -43,4 +43,5 @@ def checkpoint_context(
         tokenizer=tokenizer,
         cache_dir=cache_dir,
     )
-    return evaluation_context(run, directory, graphdef, restored.state, mixture)
+    resumed = Resumed.of_checkpoint(run, restored.step, restored.metadata)
+    return evaluation_context(run, directory, graphdef, restored.state, mixture, resumed)

@@ -9,7 +9,8 @@ test against train, and accuracy against loss.
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +24,12 @@ from jaxmoe.evaluation.records import Record, device_description, make_record, v
 from jaxmoe.evaluation.scoring import TaskScore, score_examples
 from jaxmoe.evaluation.validation import validation_loss
 from jaxmoe.models import Decoder
-from jaxmoe.training import METRICS_FILE, EvaluationContext, averaging_window
+from jaxmoe.training import EvaluationContext, averaging_window
+
+logger = logging.getLogger(__name__)
 
 MIXTURE = "all"
-"""The `source` of a training record that is about the whole mixture."""
+"""The `source` of a training record that is about the whole mixture; `DataConfig` refuses a source of this name."""
 
 VALIDATION_SPLITS = ("train", "test")
 TASK_SPLITS = ("train", "train_clean", "test")
@@ -107,7 +110,7 @@ def training_records(context: EvaluationContext, identity: Mapping[str, Any]) ->
     run = context.run
     common = {
         "averaging_steps": averaging_window(run.train, len(run.evaluation.steps_of(run.train.steps))),
-        "skipped_steps": _logged(context, "skipped"),
+        "skipped_steps": context.skipped_steps,
         "dropped_fraction": context.dropped_fraction,
     }
     accounts = context.mixture.accounting(context.step)
@@ -174,7 +177,14 @@ def _task_records(
 ) -> list[Record]:
     settings = context.run.evaluation
     examples = source.examples(split, settings.examples)
-    score = score_examples(model, examples, context.tokenizer, batch_size=settings.batch_size)
+    training_length = context.run.train.sequence_length
+    score = score_examples(
+        model, examples, context.tokenizer, batch_size=settings.batch_size, training_length=training_length
+    )
+    if score.examples_beyond_training_length:
+        _warn_of_extrapolation(
+            source.name, split, score.examples_beyond_training_length, score.examples, training_length
+        )
     generated = None
     if settings.generate and isinstance(source.config, QuestionAnswerSource):
         generated = generation_accuracy(
@@ -197,16 +207,15 @@ def _task_records(
     return records
 
 
+@functools.cache  # once for a source and split, not at every evaluation
+def _warn_of_extrapolation(source: str, split: str, beyond: int, examples: int, training_length: int) -> None:
+    logger.warning(
+        "%s (%s): %d of %d examples are longer than train.sequence_length=%d, so their task loss measures "
+        "extrapolation; raise train.sequence_length to avoid it.", source, split, beyond, examples, training_length,
+    )  # fmt: skip
+
+
 def _record(
     identity: Mapping[str, Any], evaluation: str, source: str, split: str, numbers: Mapping[str, Any]
 ) -> Record:
     return make_record({**identity, "evaluation": evaluation, "source": source, "split": split}, numbers)
-
-
-def _logged(context: EvaluationContext, name: str) -> Any:
-    """The last value of a metric that was logged up to the context's step; None if there is none."""
-    path = context.directory / METRICS_FILE
-    if not path.exists():
-        return None
-    lines = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
-    return next((line[name] for line in reversed(list(lines)) if line["step"] <= context.step and name in line), None)

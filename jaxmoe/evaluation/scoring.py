@@ -31,6 +31,7 @@ class ExampleScores:
       answer_tokens, answer_bytes: length of each answer.
       correct_tokens: answer tokens that were the likeliest given the true ones before them.
       index: which of the examples given these are; the others were skipped.
+      positions: input positions of each row, its prompt's included.
       skipped: examples too long for the model, or without a token to score.
       dropped_fraction: share of expert assignments dropped; 0, since evaluation has no capacity limit.
     """
@@ -40,6 +41,7 @@ class ExampleScores:
     answer_bytes: Int[np.ndarray, " n"]
     correct_tokens: Int[np.ndarray, " n"]
     index: Int[np.ndarray, " n"]
+    positions: Int[np.ndarray, " n"]
     skipped: int
     dropped_fraction: float
 
@@ -52,8 +54,11 @@ class TaskScore:
       bits_per_token, bits_per_byte: mean over examples of each answer's bits per token, per UTF-8 byte.
       loss: nats per answer token, pooled over all tokens of all answers.
       token_accuracy: share of all answer tokens that are the likeliest, given the true answer up to them.
-      exact_match: share of answers all of whose tokens are; equal to exact match of greedy decoding.
+      exact_match: share of answers all of whose tokens are; equal to exact match of greedy decoding up to the
+        answer's length (the end token is not scored).
       examples, skipped, answer_tokens, answer_bytes: counts.
+      examples_beyond_training_length: of `examples`, those with more positions than a row of training, which measure
+        extrapolation; 0 where that length was not given.
       dropped_fraction: as in `ExampleScores`.
     """
 
@@ -67,13 +72,15 @@ class TaskScore:
     exact_match_standard_error: float
     examples: int
     skipped: int
+    examples_beyond_training_length: int
     answer_tokens: int
     answer_bytes: int
     dropped_fraction: float
 
     @classmethod
-    def from_examples(cls, scores: ExampleScores) -> TaskScore:
+    def from_examples(cls, scores: ExampleScores, training_length: int | None = None) -> TaskScore:
         """Means and standard errors over examples."""
+        longest = np.inf if training_length is None else training_length
         bits = scores.nll / math.log(2)
         per_token = bits / scores.answer_tokens
         exact = (scores.correct_tokens == scores.answer_tokens).astype(np.float64)
@@ -88,6 +95,7 @@ class TaskScore:
             exact_match_standard_error=ratio_standard_error(exact, np.ones_like(exact)),
             examples=len(scores.nll),
             skipped=scores.skipped,
+            examples_beyond_training_length=int(np.sum(scores.positions > longest)),
             answer_tokens=int(scores.answer_tokens.sum()),
             answer_bytes=int(scores.answer_bytes.sum()),
             dropped_fraction=scores.dropped_fraction,
@@ -95,7 +103,12 @@ class TaskScore:
 
 
 def score_examples(
-    model: Decoder, examples: Sequence[Example], tokenizer: Tokenizer, *, batch_size: int = 128
+    model: Decoder,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 128,
+    training_length: int | None = None,
 ) -> TaskScore:
     """Task loss and accuracy of `model` on `examples`; see `TaskScore` and this module's docstring.
 
@@ -104,8 +117,10 @@ def score_examples(
       examples: any lengths; those over the model's max_sequence_length are skipped and counted.
       tokenizer: the model's.
       batch_size: rows at once, at most.
+      training_length: of the rows that the model was trained on; longer examples are scored and counted.
     """
-    return TaskScore.from_examples(score_each(model, examples, tokenizer, batch_size=batch_size))
+    scores = score_each(model, examples, tokenizer, batch_size=batch_size)
+    return TaskScore.from_examples(scores, training_length)
 
 
 def score_each(
@@ -136,6 +151,7 @@ def score_each(
         answer_bytes=answer_bytes[index],
         correct_tokens=correct[index],
         index=index,
+        positions=lengths[index],
         skipped=len(examples) - len(index),
         dropped_fraction=evaluator.dropped_fraction,
     )

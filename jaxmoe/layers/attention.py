@@ -10,22 +10,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import ModelConfig, from_dict
 from jaxmoe.layers.causal_attention import MASKED, causal_attention
 from jaxmoe.layers.norm import rms_normalize
-from jaxmoe.layers.parameters import normal_parameter, residual_output_std
+from jaxmoe.layers.parameters import dtype_name, normal_parameter, residual_output_std
 from jaxmoe.layers.rope import apply_rope, rope_angles
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of one layer; slot c of a row holds its token at position c."""
+    """Keys and values of L layers of one kind; slot c of a row holds its token at position c."""
 
-    key: Float[Array, "B M C head_dim"]
-    value: Float[Array, "B M C head_dim"]
+    key: Float[Array, "L B M C head_dim"]
+    value: Float[Array, "L B M C head_dim"]
 
 
 class Attention(nnx.Module):
@@ -58,7 +59,7 @@ class Attention(nnx.Module):
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
         output_init_std: float | None = None,
-        compute_dtype: str = "float32",
+        compute_dtype: DTypeLike = "float32",
         rngs: nnx.Rngs,
     ):
         settings = {
@@ -70,14 +71,14 @@ class Attention(nnx.Module):
             "rope_theta": rope_theta,
             "norm_eps": norm_eps,
             "init_std": init_std,
-            "compute_dtype": compute_dtype,
+            "compute_dtype": dtype_name(compute_dtype),
         }
         checked = from_dict(ModelConfig, {"vocab_size": 1, "num_layers": 1, "dense_hidden": 1, **settings}, "Attention")
         self.num_kv_heads, self.head_dim = checked.kv_heads, checked.head_size
-        self.queries_per_key = num_heads // checked.kv_heads
+        self.queries_per_key = checked.num_heads // checked.kv_heads
         self.rope_theta = rope_theta
         self.norm_eps = norm_eps
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = checked.compute_dtype
         fused = (width, self.num_kv_heads, self.queries_per_key + 2, self.head_dim)
         self.query_key_value = normal_parameter(rngs, fused, init_std)
         self.output = normal_parameter(
@@ -114,6 +115,7 @@ class Attention(nnx.Module):
         rotary: tuple[Float[Array, "#B S half"], Float[Array, "#B S half"]] | None = None,
         groups: Int[Array, "B S"] | None = None,
         cache: KeyValueCache | None = None,
+        layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B S D"], KeyValueCache | None]:
         """Attends causally within each group, or, with a cache, to everything up to each token's position.
 
@@ -125,6 +127,7 @@ class Attention(nnx.Module):
           groups: tokens see only tokens with the same number (documents; padding is a group of its own); None for
             one group. Not used with a cache.
           cache: earlier keys and values.
+          layer: whose part of the cache this layer reads and writes.
 
         Returns:
           The output, in compute_dtype, and the cache with x's tokens written to it (None without one).
@@ -146,8 +149,8 @@ class Attention(nnx.Module):
                 mixed = causal_attention(query, key, value, groups)
             else:
                 positions = jnp.broadcast_to(positions, (batch, length))
-                cache = written(cache, key, value, positions[:, 0])
-                mixed = cached_attention(query, cache, positions)
+                cache = written(cache, layer, key, value, positions[:, 0])
+                mixed = cached_attention(query, cache.key[layer], cache.value[layer], positions)
             mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, self.head_dim)
             return jnp.einsum("bsnh,nhd->bsd", mixed, self.output[...].astype(self.compute_dtype)), cache
 
@@ -165,25 +168,32 @@ class Attention(nnx.Module):
 
 
 def cached_attention(
-    query: Float[Array, "B M R S head_dim"], cache: KeyValueCache, positions: Int[Array, "B S"]
+    query: Float[Array, "B M R S head_dim"],
+    key: Float[Array, "B M C head_dim"],
+    value: Float[Array, "B M C head_dim"],
+    positions: Int[Array, "B S"],
 ) -> Float[Array, "B M R S head_dim"]:
-    """Attention of tokens at `positions` to the cache's slots up to their own; softmax in float32."""
-    scores = jnp.einsum("bmrqh,bmch->bmrqc", query, cache.key, preferred_element_type=jnp.float32)
-    allowed = jnp.arange(cache.key.shape[2]) <= positions[:, :, None]
+    """Attention of tokens at `positions` to the cached slots up to their own; softmax in float32."""
+    scores = jnp.einsum("bmrqh,bmch->bmrqc", query, key, preferred_element_type=jnp.float32)
+    allowed = jnp.arange(key.shape[2]) <= positions[:, :, None]
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores * query.shape[-1] ** -0.5, MASKED), axis=-1)
-    return jnp.einsum("bmrqc,bmch->bmrqh", weights.astype(query.dtype), cache.value)
+    return jnp.einsum("bmrqc,bmch->bmrqh", weights.astype(query.dtype), value)
 
 
 def written(
     cache: KeyValueCache,
+    layer: int | Int[Array, ""],
     key: Float[Array, "B M S head_dim"],
     value: Float[Array, "B M S head_dim"],
     start: Int[Array, " B"],
 ) -> KeyValueCache:
-    """The cache with S new tokens of each row at consecutive slots from that row's start."""
+    """The cache with S new tokens of each row at consecutive slots of one layer, from that row's start."""
 
-    @jax.vmap
-    def write(row: Array, new: Array, slot: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), slot, axis=1)
+    rows = jnp.arange(start.shape[0])[:, None]
+    slots = start[:, None] + jnp.arange(key.shape[2])
 
-    return KeyValueCache(write(cache.key, key, start), write(cache.value, value, start))
+    def write(cached: Array, new: Array) -> Array:
+        new = new.transpose(0, 2, 1, 3).astype(cached.dtype)
+        return cached.at[layer, rows, :, slots].set(new, unique_indices=True)
+
+    return KeyValueCache(write(cache.key, key), write(cache.value, value))

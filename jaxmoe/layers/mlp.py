@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxmoe.layers.parameters import normal_parameter
+from jaxmoe.layers.parameters import dtype_name, normal_parameter
 
 
 class DenseMLP(nnx.Module):
@@ -27,14 +30,21 @@ class DenseMLP(nnx.Module):
         *,
         init_std: float = 0.02,
         output_init_std: float | None = None,
-        compute_dtype: str = "float32",
+        compute_dtype: DTypeLike = "float32",
         rngs: nnx.Rngs,
     ):
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = dtype_name(compute_dtype)
         self.gate_up = normal_parameter(rngs, (width, 2 * hidden), init_std)
         self.down = normal_parameter(rngs, (hidden, width), init_std if output_init_std is None else output_init_std)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x = x.astype(self.compute_dtype)
-        gate, up = jnp.split(x @ self.gate_up[...].astype(self.compute_dtype), 2, axis=-1)
-        return (jax.nn.silu(gate) * up) @ self.down[...].astype(self.compute_dtype)
+        gate_up, down = (weight[...].astype(self.compute_dtype) for weight in (self.gate_up, self.down))
+        with jax.named_scope("dense_mlp"):
+            return gated_product(x.astype(self.compute_dtype) @ gate_up, down)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated_product(hidden: Float[Array, "... 2F"], down: Float[Array, "F D"]) -> Float[Array, "... D"]:
+    """The gated hidden states times `down`. The backward pass keeps `hidden` alone and gates it again."""
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    return (jax.nn.silu(gate) * up) @ down

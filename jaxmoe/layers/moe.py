@@ -11,17 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 import pallas_kernels
 from jaxmoe.config import ConfigError, ModelConfig, MoEConfig, from_dict
-from jaxmoe.layers.parameters import normal_parameter, residual_output_std
+from jaxmoe.layers.parameters import dtype_name, normal_parameter, residual_output_std
 from jaxmoe.layers.router import Router, Routing
 from jaxmoe.layers.statistics import RouterStatistics
 
 
 class MoE(nnx.Module):
     """K of E SwiGLU experts for every token.
+
+    The experts' gradients are written by hand, so forward-mode differentiation (`jax.jvp`) is not supported.
 
     Args:
       width: D.
@@ -47,12 +50,12 @@ class MoE(nnx.Module):
         expert_hidden: int,
         score_order: str = "topk_then_softmax",
         renormalize: bool = True,
-        router_dtype: str = "float32",
+        router_dtype: DTypeLike = "float32",
         capacity_factor: float | None = None,
         backend: str = "auto",
         init_std: float = 0.02,
         output_init_std: float | None = None,
-        compute_dtype: str = "float32",
+        compute_dtype: DTypeLike = "float32",
         rngs: nnx.Rngs,
     ):
         routing = {
@@ -60,27 +63,29 @@ class MoE(nnx.Module):
             "experts_per_token": experts_per_token,
             "score_order": score_order,
             "renormalize": renormalize,
-            "router_dtype": router_dtype,
+            "router_dtype": dtype_name(router_dtype),
         }
-        from_dict(
+        checked = from_dict(
             MoEConfig,
             routing | {"expert_hidden": expert_hidden, "capacity_factor": capacity_factor, "backend": backend},
             "MoE",
         )
-        if num_experts == 0:
+        if checked.num_experts == 0:
             raise ConfigError("MoE: num_experts=0; a layer without experts is jaxmoe.layers.DenseMLP.")
         if width <= 0:
             raise ConfigError(f"MoE: width={width}; it must be positive.")
+        compute_dtype = dtype_name(compute_dtype)
         if compute_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"MoE: compute_dtype={compute_dtype!r}; choose one of 'float32', 'bfloat16'.")
         if backend != "auto":
             pallas_kernels.resolved_backend(backend)
         self.backend = backend
-        self.num_experts = num_experts
-        self.experts_per_token = experts_per_token
-        self.capacity_factor = capacity_factor
+        self.width = width
+        self.num_experts = checked.num_experts
+        self.experts_per_token = checked.experts_per_token
+        self.capacity_factor = checked.capacity_factor
         self.compute_dtype = compute_dtype
-        self.router = Router(width, **routing, init_std=init_std, rngs=rngs)
+        self.router = Router(width, **{name: getattr(checked, name) for name in routing}, init_std=init_std, rngs=rngs)
         self.gate_up = normal_parameter(rngs, (num_experts, width, 2 * expert_hidden), init_std)
         self.down = normal_parameter(
             rngs, (num_experts, expert_hidden, width), init_std if output_init_std is None else output_init_std
@@ -135,7 +140,12 @@ class MoE(nnx.Module):
 
         Returns:
           The outputs, in compute_dtype, and the sums that auxiliary losses and load metrics are made of.
+
+        Raises:
+          ConfigError (a ValueError): tokens of another width.
         """
+        if x.shape[-1] != self.width:
+            raise ConfigError(f"MoE: x has width {x.shape[-1]} but the layer has width={self.width}.")
         tokens = x.reshape(-1, x.shape[-1])
         keep = None if mask is None else mask.reshape(-1)
         with jax.named_scope("router"):
@@ -166,10 +176,10 @@ class MoE(nnx.Module):
         else:
             expert = jnp.arange(self.num_experts, dtype=jnp.int32)
             chosen = (routing.expert_index[:, :, None] == expert).sum(axis=1, dtype=jnp.float32)
-            count = weight @ chosen
+            count = (weight[:, None] * chosen).sum(axis=0)
         return RouterStatistics(
             expert_count=count,
-            probability_sum=weight @ routing.probabilities,
+            probability_sum=(weight[:, None] * routing.probabilities).sum(axis=0),
             z_sum=jnp.sum(weight * jnp.square(routing.log_normalizer)),
             token_count=weight.sum(),
             dropped=plan.dropped.astype(jnp.float32),

@@ -6,6 +6,7 @@ T tokens, D width, E experts, K experts per token.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 
 import jax
@@ -70,6 +71,14 @@ def _scores_of_backward(residuals, gradient):
 scores_of.defvjp(_scores_of_forward, _scores_of_backward)
 
 
+def _caller() -> int:
+    """`stacklevel` of the first frame outside this package and flax, which construct layers through each other."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxmoe", "flax"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 class Router(nnx.Module):
     r"""A linear map to E logits, and the choice of the K largest.
 
@@ -105,14 +114,16 @@ class Router(nnx.Module):
                 "experts_per_token=1 with gates that sum to one: every gate is the constant 1, so the router "
                 "learns from the auxiliary losses alone. Use score_order='softmax_then_topk' with "
                 "renormalize=False to let it learn from the task.",
-                stacklevel=2,
+                stacklevel=_caller(),
             )
         self.weight = normal_parameter(rngs, (width, num_experts), init_std)
 
     def __call__(self, x: Float[Array, "T D"]) -> Routing:
         """Scores and chooses. Logits are in router_dtype; softmax and logsumexp of them in float32."""
         dtype = self.router_dtype
-        logits = (x.astype(dtype) @ self.weight[...].astype(dtype)).astype(jnp.float32)
+        # Accelerators multiply float32 in fewer bits unless told otherwise, and near ties would be routed by them.
+        precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+        logits = jnp.matmul(x.astype(dtype), self.weight[...].astype(dtype), precision=precision).astype(jnp.float32)
         expert_index = top_experts(jax.lax.stop_gradient(logits), self.experts_per_token)
         kept = scores_of(logits, expert_index)
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)

@@ -57,16 +57,18 @@ def router_z_loss(statistics: RouterStatistics) -> Float[Array, "*layers"]:
     return statistics.z_sum / jnp.maximum(statistics.token_count, 1.0)
 
 
-def auxiliary_losses(statistics: RouterStatistics, config: MoEConfig) -> dict[str, Float[Array, ""]]:
-    """The auxiliary losses without their coefficients, reduced over layers as the config says.
+def auxiliary_losses(statistics: RouterStatistics, config: MoEConfig | None = None) -> dict[str, Float[Array, ""]]:
+    """The auxiliary losses without their coefficients, reduced over layers.
 
     Args:
       statistics: of the whole batch, of one layer or of all (leading axis).
-      config: names the definition of the balance loss and the reduction over layers.
+      config: names the definition of the balance loss and the reduction over layers; None for the defaults,
+        `switch` and `sum`.
 
     Returns:
       `load_balance` and `router_z`, scalars.
     """
+    config = MoEConfig() if config is None else config
     scale = config.experts_per_token if config.load_balance_definition == "switch_times_k" else 1
     reduce = jnp.sum if config.auxiliary_reduction == "sum" else jnp.mean
     return {

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -63,13 +64,18 @@ class Block(nnx.Module):
             )
 
     def __call__(
-        self, x: Float[Array, "B S D"], context: TokenContext, cache: KeyValueCache | None = None
+        self,
+        x: Float[Array, "B S D"],
+        context: TokenContext,
+        cache: KeyValueCache | None = None,
+        layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B S D"], RouterStatistics | None, KeyValueCache | None]:
         attended, cache = self.attention(
             self.attention_norm(x),
             rotary=(context.cosine, context.sine),
             groups=context.groups,
             cache=cache,
+            layer=layer,
             positions=context.positions,
         )
         x = x + attended
@@ -124,24 +130,26 @@ class BlockStack(nnx.Module):
         Args:
           x: hidden states.
           context: of the tokens.
-          caches: one for each kind of the repetition, with a leading axis of `repeats`.
+          caches: one for each kind of the repetition, of `repeats` layers.
 
         Returns:
           Hidden states; the statistics of each routed kind, with a leading axis of `repeats`; the caches.
         """
         definition, state = nnx.split(self.blocks)
 
-        def step(x, scanned):
-            state, caches = scanned
-            statistics, written = [], []
-            for index, block in enumerate(nnx.merge(definition, state)):
-                x, routed, cache = block(x, context, None if caches is None else caches[index])
+        def step(carry, scanned):
+            x, caches = carry
+            state, layer = scanned
+            statistics, updated = [], []
+            for block, cache in zip(nnx.merge(definition, state), caches, strict=True):
+                x, routed, cache = block(x, context, cache, layer)
                 statistics += [] if routed is None else [routed]
-                written.append(cache)
-            return x, (statistics, None if caches is None else written)
+                updated.append(cache)
+            return (x, updated), statistics
 
-        if self.remat != "none" and caches is None:
+        if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        x, (statistics, caches) = jax.lax.scan(step, x, (state, caches))
-        return x, statistics, caches
+        start = x, [None] * len(self.blocks) if caches is None else caches
+        (x, updated), statistics = jax.lax.scan(step, start, (state, jnp.arange(self.repeats)))
+        return x, statistics, None if caches is None else updated

@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of at most `length` tokens, in compute_dtype.
 
-    One `KeyValueCache` for each kind of layer in each of the decoder's stacks, with a leading axis of layers.
+    One `KeyValueCache` for each kind of layer in each of the decoder's stacks.
     """
 
     def empty(repeats: int) -> KeyValueCache:

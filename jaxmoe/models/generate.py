@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -37,7 +40,7 @@ def sample_token(
 def generate(
     model: Decoder,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, " B"],
+    prompt_lengths: Int[Array, " B"] | Sequence[int],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -51,7 +54,7 @@ def generate(
     Args:
       model: the decoder.
       prompts: right-padded.
-      prompt_lengths: tokens of each prompt, at least 1.
+      prompt_lengths: tokens of each prompt, in 1..P.
       max_new_tokens: columns of the result.
       temperature: 0 is greedy.
       top_p: mass of the nucleus to sample from; 1 samples from all.
@@ -62,7 +65,8 @@ def generate(
       The new tokens. All of it runs under `jax.jit` (everything after prompt_lengths static, but key).
 
     Raises:
-      ValueError: a prompt and its continuation do not fit the model, or a sampling argument is out of range.
+      ValueError: a prompt and its continuation do not fit the model, a sampling argument is out of range, or,
+        where the values are known (outside jit), so is a prompt's length.
     """
     if temperature < 0.0:
         raise ValueError(f"temperature={temperature}; it must not be negative (0 is greedy).")
@@ -79,10 +83,10 @@ def generate(
             f"prompts of {width} tokens and max_new_tokens={max_new_tokens} need {length} positions, but the model "
             f"has max_sequence_length={limit}."
         )
+    lengths = _prompt_lengths(prompt_lengths, batch, width)
     model = dropless(model)
     definition, state = nnx.split(model)
     key = jax.random.key(0) if key is None else key
-    lengths = prompt_lengths.astype(jnp.int32)
     logits, cache = model.prefill(prompts, lengths, init_cache(model.config, batch, length))
 
     def emit(step, logits, done, tokens):
@@ -104,3 +108,15 @@ def generate(
     emitted = emit(jnp.int32(0), logits, jnp.zeros((batch,), bool), nothing)
     _, _, _, tokens, _ = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), *emitted, cache))
     return tokens
+
+
+def _prompt_lengths(lengths: Array | Sequence[int], batch: int, width: int) -> Int[Array, " B"]:
+    if not isinstance(lengths, jax.core.Tracer):
+        lengths = np.asarray(lengths)
+        if lengths.shape != (batch,):
+            raise ValueError(f"prompt_lengths has shape {lengths.shape}; ({batch},) is expected, one per prompt.")
+        for row in np.flatnonzero((lengths < 1) | (lengths > width))[:1]:
+            raise ValueError(
+                f"prompt_lengths[{row}]={lengths[row]}; prompts of {width} columns have 1..{width} tokens."
+            )
+    return jnp.asarray(lengths, jnp.int32)

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK_LOGITS = 2**22
-"""Logits of one chunk, B · C · V, at most (16 MiB of float32), unless a single position of the batch has more."""
+from jaxmoe.accounting import LOSS_CHUNK_LOGITS
 
 
 def token_nll(logits: Float[Array, "*tokens V"], targets: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
@@ -28,7 +27,7 @@ def language_model_loss(
     targets: Int[Array, "B S"],
     loss_weights: Float[Array, "B S"],
     *,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int = LOSS_CHUNK_LOGITS,
 ) -> tuple[Float[Array, ""], Float[Array, "B S"]]:
     """Cross-entropy of final hidden states, chunk by chunk over the sequence.
 

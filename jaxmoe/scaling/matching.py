@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jaxmoe.config import ConfigError
@@ -88,13 +87,6 @@ def relative_difference(value: float, reference: float) -> float:
     if value == reference:
         return 0.0
     return abs(value - reference) / abs(reference) if reference else float("inf")
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys in which two flat configurations differ, with both values; a missing one is None."""
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            yield key, old.get(key), new.get(key)
 
 
 def _numeric(name: str, member: Member) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,10 @@ from jaxmoe.config import ConfigError, config_hash, to_dict
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer
 from jaxmoe.evaluation.records import read_json
 from jaxmoe.scaling.study import HEADLINE_SLICE, Member, Study
-from jaxmoe.training import CONFIG_FILE, claim_directory
+from jaxmoe.training import CHECKPOINT_DIRECTORY, DONE_FILE, check_directory
 
-DONE_FILE = "DONE"
+logger = logging.getLogger(__name__)
+
 STUDY_FILE = "study.json"
 Resume = Literal["auto", "force"]
 
@@ -36,7 +38,7 @@ def preflight(
       study: checked whole.
       members: those about to be trained.
       workdir: of the study; made if it is not there.
-      resume: `force` accepts folders of another configuration.
+      resume: `force` accepts folders of another configuration, unless it was trained to its end as something else.
       cache_dir: where tokenized text is kept if the configuration does not say.
 
     Raises:
@@ -48,9 +50,8 @@ def preflight(
     _check_writable(workdir)
     if resume != "force":
         _check_same_study(workdir, study)
-        for member in members:
-            if (workdir / member.name / CONFIG_FILE).exists():
-                claim_directory(workdir / member.name, member.config)
+    for member in members:
+        check_directory(workdir / member.name, member.config, resume)
     waiting = [member for member in members if not is_done(workdir / member.name, member)]
     check_data(waiting, cache_dir)
     _check_space(workdir, waiting)
@@ -58,8 +59,42 @@ def preflight(
 
 def is_done(directory: epath.Path, member: Member) -> bool:
     """Whether a member was trained to its end with this very configuration."""
-    done = directory / DONE_FILE
-    return done.exists() and read_json(done).get("config_hash") == config_hash(member.config)
+    done = read_done(directory)
+    return done is not None and done["config_hash"] == config_hash(member.config)
+
+
+def read_done(directory: epath.Path) -> dict[str, Any] | None:
+    """A member's DONE; None, with a warning if it is there but broken, where there is none."""
+    path = directory / DONE_FILE
+    if not path.exists():
+        return None
+    try:
+        done = read_json(path)
+        missing = [key for key in ("config_hash", "step", "loss") if key not in done]
+        if not missing:
+            return done
+        reason = f"it has no {', '.join(missing)}"
+    except (ValueError, TypeError) as error:
+        reason = str(error)
+    logger.warning("%s cannot be used (%s); the member counts as not done, and gets a new one", path, reason)
+    return None
+
+
+def read_study_file(path: epath.Path) -> dict[str, Any]:
+    """The contents of `study.json`.
+
+    Raises:
+      ConfigError: it is broken.
+    """
+    advice = "restore it, or delete it and run the study again: it is written anew, and nothing else is lost."
+    try:
+        contents = read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{error}; {advice}") from error
+    members = contents.get("members", []) if isinstance(contents, dict) else None
+    if not isinstance(members, list) or not all(isinstance(entry, dict) and "name" in entry for entry in members):
+        raise ConfigError(f"{path} does not describe a study; {advice}")
+    return contents
 
 
 def check_data(members: Sequence[Member], cache_dir: str | os.PathLike | None = None) -> None:
@@ -106,6 +141,8 @@ def _naming(member: Member) -> Iterator[None]:
 
 
 def _check_writable(workdir: epath.Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"workdir {workdir} is a file; give a folder.")
     probe = workdir / f".writable.{os.getpid()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -118,7 +155,7 @@ def _check_writable(workdir: epath.Path) -> None:
 def _check_same_study(workdir: epath.Path, study: Study) -> None:
     path = workdir / STUDY_FILE
     if path.exists():
-        name = read_json(path).get("name")
+        name = read_study_file(path).get("name")
         if name != study.name:
             raise ConfigError(
                 f"{workdir} belongs to another study: study.name is {name!r} in the folder, {study.name!r} now. "
@@ -133,10 +170,13 @@ def checkpoint_bytes(member: Member) -> int:
 
 
 def _check_space(workdir: epath.Path, members: Sequence[Member]) -> None:
-    """Checkpoints that stay, and one more while it is being written."""
+    """Checkpoints that stay and are not there yet, and one more while it is being written."""
     if "://" in str(workdir) or not members:
         return
-    kept = sum(checkpoint_bytes(member) * member.config.train.keep_checkpoints for member in members)
+    kept = sum(
+        checkpoint_bytes(member) * max(0, member.config.train.keep_checkpoints - _checkpoints_in(workdir / member.name))
+        for member in members
+    )
     needed = kept + max(map(checkpoint_bytes, members))
     free = shutil.disk_usage(workdir).free
     if needed > free:
@@ -144,6 +184,12 @@ def _check_space(workdir: epath.Path, members: Sequence[Member]) -> None:
             f"no space left for the checkpoints of {len(members)} members: about {_size(needed)} are needed in "
             f"{workdir}, {_size(free)} are free. Free space, take another folder, or lower train.keep_checkpoints."
         )
+
+
+def _checkpoints_in(directory: epath.Path) -> int:
+    """How many complete checkpoints a member's folder holds."""
+    folder = directory / CHECKPOINT_DIRECTORY
+    return sum(path.name.isdigit() for path in folder.iterdir()) if folder.exists() else 0
 
 
 def _size(count: int) -> str:
@@ -162,7 +208,7 @@ def study_file_contents(study: Study, workdir: epath.Path, command: str | None =
     """
     contents = study.summary()
     path = workdir / STUDY_FILE
-    earlier = read_json(path) if path.exists() else {}
+    earlier = read_study_file(path) if path.exists() else {}
     own = {member["name"]: member for member in contents["members"]}
     merged: dict[str, Any] = {}
     for member in earlier.get("members", ()):

@@ -1,11 +1,12 @@
 """What a study's records say, as tables.
 
-Losses are in nats per token, gaps too. A column of the results table is named `QUANTITY/SOURCE/SPLIT`.
+Losses are in nats per token unless they are named bits. A column of the results table is named
+`QUANTITY/SOURCE/SPLIT`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from etils import epath
 from jaxmoe.config import ConfigError
 from jaxmoe.evaluation.evaluate import MIXTURE
 from jaxmoe.evaluation.records import Record, read_json, validate_record
-from jaxmoe.scaling.preflight import STUDY_FILE
+from jaxmoe.scaling.preflight import STUDY_FILE, read_study_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,25 +44,31 @@ def read_study(study_dir: epath.PathLike) -> dict[str, Any]:
     """The study's description, `study.json`.
 
     Raises:
-      ConfigError: the folder is not a study's.
+      ConfigError: the folder is not a study's, or its study.json is broken.
     """
     path = epath.Path(study_dir) / STUDY_FILE
     if not path.exists():
         raise ConfigError(f"{study_dir} has no {STUDY_FILE}, so it is not the folder of a study.")
-    return read_json(path)
+    return read_study_file(path)
 
 
 def read_records(study_dir: epath.PathLike) -> list[Record]:
     """All records of a study's members, by member in the study's order, then by file name.
 
-    The slices are those that `study.json` says now, whatever they were when a record was written.
+    Records of another configuration than `study.json` has for their member are left out. The slices are those that
+    `study.json` says now, whatever they were when a record was written.
 
     Raises:
       ConfigError: the folder is not a study's.
       ValueError: a record breaks the schema; its path is named.
     """
+    return sift_records(study_dir)[0]
+
+
+def sift_records(study_dir: epath.PathLike) -> tuple[list[Record], dict[str, int]]:
+    """`read_records`, and how many records of another configuration it left out, by member (none: no entry)."""
     directory = epath.Path(study_dir)
-    records = []
+    records, foreign = [], {}
     for member in read_study(directory)["members"]:
         folder = directory / member["name"] / "records"
         files = folder.glob("*.json") if folder.exists() else ()
@@ -73,8 +80,16 @@ def read_records(study_dir: epath.PathLike) -> list[Record]:
                 validate_record(record)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-            records.append({**record, "slices": ",".join(member["slices"])})
-    return records
+            if same_configuration(member, record):
+                records.append({**record, "slices": ",".join(member["slices"])})
+            else:
+                foreign[member["name"]] = foreign.get(member["name"], 0) + 1
+    return records, foreign
+
+
+def same_configuration(member: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
+    """Whether a record or a `DONE` file is of the configuration that `study.json` has for the member."""
+    return "config_hash" not in member or written.get("config_hash") == member["config_hash"]
 
 
 def records_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -93,12 +108,13 @@ def results_table(study_dir: epath.PathLike) -> pd.DataFrame:
     * `validation_loss/SOURCE/SPLIT`: weighted as in training.
     * `task_loss/SOURCE/SPLIT`: answer tokens only, pooled; `bits_per_token/...`, `bits_per_byte/...`: macro means.
     * `accuracy/SOURCE/SPLIT` with `accuracy_standard_error/...`; `generation_accuracy/...`.
-    * `generalization_gap/SOURCE`: task loss of the test split minus that of the train split.
+    * `generalization_gap/SOURCE`: bits per answer token on the test split minus those on the training split; where
+      there are training problems with corrected solutions (`train_clean`), minus those on these.
     * `task_minus_training_loss/SOURCE`: task loss of the test split minus the training loss (arXiv 2508.18672 reads
       the gap between pre-training and downstream loss; of what the two are the mean differs, so read it as a trend).
-    * `accuracy_gap/SOURCE`: accuracy on the train split minus that on the test split.
-    * `loss_accuracy_gap/SOURCE`: accuracy on the test split minus what the best non-increasing function of the task
-      loss gives, over the last rows of all members: negative where a member turns its loss into less accuracy than
+    * `accuracy_gap/SOURCE`: accuracy on the same training split minus that on the test split.
+    * `loss_accuracy_gap/SOURCE`: accuracy on the test split minus what the best non-increasing function of its bits
+      per token gives, over the last rows of all members: negative where a member turns its loss into less accuracy than
       the others do.
     * `last`: whether it is the member's last row.
 
@@ -134,20 +150,61 @@ def _columns_of(record: Record) -> dict[str, Any]:
 
 
 def _with_gaps(table: pd.DataFrame) -> pd.DataFrame:
-    columns = {}
+    columns = _generalization_columns(table)
     for source in _task_sources(table):
         test_loss = table[f"task_loss/{source}/test"].astype(float)
-        if f"task_loss/{source}/train" in table:
-            columns[f"generalization_gap/{source}"] = test_loss - table[f"task_loss/{source}/train"].astype(float)
-            columns[f"accuracy_gap/{source}"] = (
-                table[f"accuracy/{source}/train"].astype(float) - table[f"accuracy/{source}/test"].astype(float)
-            )
         if "training_loss" in table:
             columns[f"task_minus_training_loss/{source}"] = test_loss - table["training_loss"].astype(float)
         columns[f"loss_accuracy_gap/{source}"] = loss_accuracy_gap(
-            test_loss.where(table["last"]), table[f"accuracy/{source}/test"].astype(float)
+            table[f"bits_per_token/{source}/test"].astype(float).where(table["last"]),
+            table[f"accuracy/{source}/test"].astype(float),
         )
     return table.assign(**columns)
+
+
+def _generalization_columns(table: pd.DataFrame) -> dict[str, pd.Series]:
+    import pandas as pd
+
+    names = {"bits_per_token": "generalization_gap", "accuracy": "accuracy_gap"}
+    measured = []
+    for column in table.columns:
+        metric, _, place = column.partition("/")
+        source, _, split = place.rpartition("/")
+        if metric in names and source:
+            values = table[column].astype(float).rename("value").rename_axis("row").dropna().reset_index()
+            measured.append(values.assign(metric=metric, source=source, split=split, standard_error=np.nan))
+    if not measured:
+        return {}
+    gaps = generalization_gaps(pd.concat(measured, ignore_index=True), keys=("row", "source", "metric"))
+    return {
+        f"{names[metric]}/{source}": own.set_index("row").value.reindex(table.index)
+        for (source, metric), own in gaps[gaps["rank"] == 0].groupby(["source", "metric"], sort=False)
+    }
+
+
+def generalization_gaps(rows: pd.DataFrame, keys: Sequence[str] = ("member", "source", "metric")) -> pd.DataFrame:
+    """How much worse the test split is than each training split, a row per (*keys, training split).
+
+    Args:
+      rows: one number each: `keys`, `metric`, `split`, `value`, `standard_error`; other columns are kept.
+      keys: what tells measurements apart, besides the split.
+
+    Returns:
+      `train` and `test`; `value`, which is test minus train for losses (in their unit) and train minus test for
+      accuracy; `standard_error` of it, over examples; `rank`: where there are training problems with corrected
+      solutions (`train_clean`), the gap against them has rank 0 and that against `train` rank 1.
+    """
+    import pandas as pd
+
+    keys = list(keys)
+    test = rows.loc[rows.split == "test", [*keys, "value", "standard_error"]]
+    test = test.rename(columns={"value": "test", "standard_error": "test_error"})
+    trained = [rows[rows.split == split].merge(test, on=keys) for split in ("train_clean", "train")]
+    table = pd.concat(trained, ignore_index=True).rename(columns={"value": "train"})
+    table["standard_error"] = (table.standard_error**2 + table.test_error**2) ** 0.5
+    table["value"] = (table.test - table.train).where(table.metric != "accuracy", table.train - table.test)
+    table["rank"] = table.duplicated(keys).astype(int)  # the corrected split comes first
+    return table
 
 
 def _task_sources(table: pd.DataFrame) -> list[str]:

@@ -15,17 +15,25 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, write_records
 from jaxmoe.evaluation.records import read_json, write_json
-from jaxmoe.scaling.preflight import DONE_FILE, STUDY_FILE, Resume, is_done, preflight, study_file_contents
+from jaxmoe.scaling.preflight import STUDY_FILE, Resume, is_done, preflight, read_done, study_file_contents
 from jaxmoe.scaling.study import Member, Study
-from jaxmoe.training import EvaluationContext, NoSpaceLeftError, ProgressReporter, TrainingError, train
+from jaxmoe.training import (
+    DONE_FILE,
+    EvaluationContext,
+    NoSpaceLeftError,
+    ProgressReporter,
+    StopRequest,
+    TrainingError,
+    train,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +100,34 @@ def run_study(
       study: its members, in order.
       workdir: the study's folder, local or gs://.
       only: train this member alone.
-      resume: `force` goes on in folders of another configuration, from the checkpoints that are there.
+      resume: `force` goes on in folders of another configuration, from the checkpoints that are there. A finished
+        member stays what it was trained as: it may be evaluated otherwise, or trained for more steps.
       progress: to report to; None makes one that writes to stderr.
       command: how a person would start this, for `study.json`.
 
     Returns:
       How each member ended. A member that fails does not keep the others from being trained; a full disk does.
+      SIGTERM or SIGINT, whenever it comes, ends the study at the next point from which it can go on.
 
     Raises:
       ConfigError: known before anything is trained.
     """
     workdir = epath.Path(workdir)
     members = study.members if only is None else (study.member(only),)
+    with StopRequest() as stop:
+        return _run_members(study, members, workdir, resume, progress, command, stop)
+
+
+def _run_members(
+    study: Study,
+    members: Sequence[Member],
+    workdir: epath.Path,
+    resume: Resume,
+    progress: ProgressReporter | None,
+    command: str | None,
+    stop: StopRequest,
+) -> StudyResult:
+    """`run_study` until a stop is requested."""
     cache_dir = None if "://" in str(workdir) else os.fspath(workdir / CACHE_DIRECTORY)
     preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
     write_json(workdir / STUDY_FILE, study_file_contents(study, workdir, command))
@@ -112,7 +136,10 @@ def run_study(
         finished = sum(member.config.train.steps for member in members if is_done(workdir / member.name, member))
         progress.study(sum(member.config.train.steps for member in members), finished)
         for member in members:
-            result = _attempt(member, workdir, study.name, resume, progress, cache_dir)
+            if stop.requested is not None and not is_done(workdir / member.name, member):
+                logger.info("stopped by %s before %s; run again to go on", stop.requested, member.name)
+                break
+            result = _attempt(member, workdir, study.name, resume, progress, cache_dir, stop)
             results.append(result)
             if result.status == "skipped":
                 progress.note(f"{member.name}: done before, skipped")
@@ -132,6 +159,7 @@ def run_member(
     resume: Resume = "auto",
     progress: ProgressReporter | None = None,
     cache_dir: str | os.PathLike | None = None,
+    stop: StopRequest | None = None,
 ) -> MemberResult:
     """Trains and evaluates one member; skips it if it is done.
 
@@ -141,15 +169,17 @@ def run_member(
       study_name: for the records; None: the folder's name.
       resume, progress: as in `run_study`.
       cache_dir: where tokenized text is kept if the configuration does not say.
+      stop: asks to stop; None: SIGTERM and SIGINT do, while this call trains.
 
     Raises:
       ConfigError: the member's folder is of another configuration; the message lists the differences.
       TrainingError: training cannot go on.
     """
     directory = epath.Path(study_dir) / member.name
-    if is_done(directory, member):
-        done = read_json(directory / DONE_FILE)
+    done = read_done(directory)
+    if done is not None and done["config_hash"] == config_hash(member.config):
         return MemberResult(member.name, "skipped", done["step"], done["loss"])
+    resumed: dict[str, Any] = {}
     labels = {
         "study": epath.Path(study_dir).name if study_name is None else study_name,
         "arm": member.arm,
@@ -157,14 +187,17 @@ def run_member(
     }
 
     def evaluate(context: EvaluationContext) -> None:
-        write_records(directory, evaluate_all(context, labels))
+        resumed.update(_resumed_fields(context))
+        write_records(directory, evaluate_all(context, {**labels, **resumed}))
 
     result = train(
-        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume
+        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume, stop=stop
     )
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
     if not _has_records(directory, member.config):
+        if stop is not None and stop.requested is not None:
+            return MemberResult(member.name, "resumable", result.step, result.loss)
         context = checkpoint_context(member.config, directory, cache_dir=cache_dir)
         if context is not None:
             evaluate(context)
@@ -173,9 +206,17 @@ def run_member(
         "step": result.step,
         "loss": result.loss,
         "config_hash": config_hash(member.config),
+        **resumed,
     }
     write_json(directory / DONE_FILE, done)
     return MemberResult(member.name, "done", result.step, result.loss)
+
+
+def _resumed_fields(context: EvaluationContext) -> dict[str, Any]:
+    """Fields of the records, and of DONE, of a run that was forced to go on with another configuration."""
+    if context.resumed_from_config is None:
+        return {}
+    return {"resumed_from_config": context.resumed_from_config, "resumed_at_step": context.resumed_at_step}
 
 
 def _attempt(
@@ -185,11 +226,12 @@ def _attempt(
     resume: Resume,
     progress: ProgressReporter,
     cache_dir: str | None,
+    stop: StopRequest,
 ) -> MemberResult:
     """`run_member`, with what goes wrong as a result."""
     try:
         return run_member(
-            member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir
+            member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
         )
     except (ConfigError, TrainingError) as error:
         logger.error("%s: %s", member.name, error)

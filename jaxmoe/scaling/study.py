@@ -65,6 +65,7 @@ class Member:
             "non_embedding_active_parameters": QUANTITIES["non_embedding_active_parameters"](self.config),
             "matmul_flops_per_token": QUANTITIES["matmul_flops_per_token"](self.config),
             "training_flops": QUANTITIES["training_flops"](self.config),
+            "approximate_training_flops": QUANTITIES["approximate_training_flops"](self.config),
             "state_bytes": int(memory.weights + memory.optimizer),
             "memory_bytes": int(memory.total),
             "config_hash": config_hash(self.config),

@@ -2,20 +2,22 @@
 
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints
-from jaxmoe.training.context import EvaluationContext, averaging_window, evaluation_context
+from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import CheckpointError, NonFiniteLossError, NoSpaceLeftError, TrainingError
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY, TrainResult, train
 from jaxmoe.training.metrics import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.training.optimizer import decay_mask, make_optimizer
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.schedule import learning_rate_schedule
+from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.state import TrainState, init_state
 from jaxmoe.training.step import make_train_step
-from jaxmoe.training.workdir import CONFIG_FILE, claim_directory
+from jaxmoe.training.workdir import CONFIG_FILE, DONE_FILE, check_directory, claim_directory
 
 __all__ = [
     "CHECKPOINT_DIRECTORY",
     "CONFIG_FILE",
+    "DONE_FILE",
     "METRICS_FILE",
     "THROUGHPUT_FILE",
     "CheckpointError",
@@ -24,10 +26,13 @@ __all__ = [
     "NoSpaceLeftError",
     "NonFiniteLossError",
     "ProgressReporter",
+    "Resumed",
+    "StopRequest",
     "TrainResult",
     "TrainState",
     "TrainingError",
     "averaging_window",
+    "check_directory",
     "claim_directory",
     "decay_mask",
     "evaluation_context",

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -99,22 +102,28 @@ class Checkpoints:
     def restore(self, like: TrainState) -> Restored | None:
         """The newest intact checkpoint; None if there is none at all.
 
-        A checkpoint that cannot be read, or whose arrays are not what was written, is moved to the folder
+        A checkpoint that is damaged, in that files are missing, cut or not what was written, is moved to the folder
         `unreadable_checkpoints` next to this one, with a warning, and the one before it is taken.
 
         Args:
           like: a state with the structure, shapes and placement that the run needs.
 
         Raises:
-          CheckpointError: a checkpoint is of a newer format or of another model, or none of those there can be read.
+          CheckpointError: a checkpoint is of a newer format or of another model, the way to it fails (then nothing is
+            moved), or all of those there are damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 return self._read(step, like)
+            except (CheckpointError, MemoryError):
+                raise
             except Exception as error:
                 if not _is_damage(error):
-                    raise
+                    raise CheckpointError(
+                        f"the checkpoint of step {step} in {self.directory} could not be read: {_first_line(error)}. "
+                        "It does not look damaged, and nothing was moved; run again when that is mended."
+                    ) from error
                 aside = self._move_aside(step)
                 logger.warning(
                     "checkpoint of step %d in %s cannot be read (%s); it is now %s, and the one before it is taken",
@@ -214,10 +223,15 @@ class Checkpoints:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error says something about what was read, not about this machine or the way there."""
-    elsewhere = (CheckpointError, PermissionError, ConnectionError, TimeoutError, MemoryError)
-    words = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED")
-    return not isinstance(error, elsewhere) and not any(word in str(error) for word in words)
+    """Whether an error says that files are missing, cut or changed, not that this machine could not read them."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
+    if isinstance(error, _UnreadableError | KeyError | json.JSONDecodeError | UnicodeDecodeError):
+        return True
+    of_the_system = re.search(r"OS error (\d+)", str(error))  # TensorStore has errors of the system as text
+    if of_the_system is not None and int(of_the_system[1]) != errno.ENOENT:
+        return False
+    return str(error).startswith(("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"))
 
 
 def _shape(described: tuple[tuple[int, ...], str] | None) -> str:

@@ -6,6 +6,8 @@ E experts, L MoE layers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +19,30 @@ from jaxmoe.config import RunConfig, TrainConfig
 from jaxmoe.data import Mixture, Tokenizer
 from jaxmoe.training.metrics import plain_number
 from jaxmoe.training.state import RecentSums, TrainState
+from jaxmoe.training.workdir import training_hash
 
 _LONGEST_WINDOW = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """That a run was forced to go on with another configuration to train by.
+
+    Attributes:
+      from_config: hash of the one before.
+      at_step: steps done then.
+    """
+
+    from_config: str
+    at_step: int
+
+    @classmethod
+    def of_checkpoint(cls, run: RunConfig, step: int, metadata: Mapping[str, Any]) -> Resumed | None:
+        """What a checkpoint says of it, when `run` goes on from there."""
+        if metadata.get("training_hash", training_hash(run)) != training_hash(run):
+            return cls(metadata["config_hash"], step)
+        before = metadata.get("resumed")
+        return None if before is None else cls(**before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +60,9 @@ class EvaluationContext:
       expert_load: share of each layer's assignments that each expert received in those steps; None without routed
         layers.
       dropped_fraction: assignments dropped in those steps / assignments made.
+      skipped_steps: steps so far, from the first on, whose loss or gradient was not finite.
+      resumed_from_config, resumed_at_step: hash of the configuration that the run had until it was last forced to go
+        on with another one to train by, and the steps done then; None if that never was.
     """
 
     run: RunConfig
@@ -50,6 +77,9 @@ class EvaluationContext:
     source_losses: dict[str, float | None]
     expert_load: Float[np.ndarray, "L E"] | None
     dropped_fraction: float
+    skipped_steps: int
+    resumed_from_config: str | None = None
+    resumed_at_step: int | None = None
 
     def model(self) -> nnx.Module:
         """The `Decoder` as it stands now."""
@@ -57,7 +87,12 @@ class EvaluationContext:
 
 
 def evaluation_context(
-    run: RunConfig, directory: epath.PathLike, graphdef: nnx.GraphDef, state: TrainState, mixture: Mixture
+    run: RunConfig,
+    directory: epath.PathLike,
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    mixture: Mixture,
+    resumed: Resumed | None = None,
 ) -> EvaluationContext:
     """The context of a state, in the loop or read from a checkpoint.
 
@@ -65,8 +100,9 @@ def evaluation_context(
       run, directory, mixture: of the run.
       graphdef, state: of `jaxmoe.training.init_state`; its `recent` sums are those of the last steps if the step is
         one at which the run is evaluated.
+      resumed: from another configuration, if it was.
     """
-    step, recent = jax.device_get((state.step, state.recent))
+    step, skipped, recent = jax.device_get((state.step, state.skipped, state.recent))
     counts = recent.expert_count
     return EvaluationContext(
         run=run,
@@ -81,6 +117,9 @@ def evaluation_context(
         source_losses=_source_losses(recent, mixture),
         expert_load=None if counts is None else counts / np.maximum(counts.sum(-1, keepdims=True), 1),
         dropped_fraction=0.0 if counts is None else float(recent.dropped / max(counts.sum(), 1)),
+        skipped_steps=int(skipped),
+        resumed_from_config=None if resumed is None else resumed.from_config,
+        resumed_at_step=None if resumed is None else resumed.at_step,
     )
 
 

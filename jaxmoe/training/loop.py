@@ -20,14 +20,14 @@ from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints
-from jaxmoe.training.context import EvaluationContext, averaging_window, evaluation_context
+from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import NonFiniteLossError, explain_no_space
 from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.state import init_state
 from jaxmoe.training.step import Metrics, make_train_step
-from jaxmoe.training.workdir import Resume, claim_directory
+from jaxmoe.training.workdir import Resume, check_directory, claim_directory, training_hash
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def train(
     progress: ProgressReporter | None = None,
     cache_dir: str | os.PathLike | None = None,
     resume: Resume = "auto",
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Trains a run to its end, going on after the newest checkpoint in its directory if there is one.
 
@@ -73,7 +74,9 @@ def train(
         the training, and it must bear being called again for the same step, which happens after a kill.
       progress: to report to.
       cache_dir: where tokenized text is kept if the configuration does not say.
-      resume: `force` goes on in a directory of another configuration.
+      resume: `force` goes on in a directory of another configuration, unless that run is finished and was trained
+        as something else; config.json is replaced once the checkpoint is known to fit.
+      stop: asks the run to stop; None: SIGTERM and SIGINT do, while this call lasts.
 
     Raises:
       ConfigError: the configuration cannot be run, or not in this directory.
@@ -82,8 +85,7 @@ def train(
     directory = epath.Path(directory)
     tokenizer = load_tokenizer(run.data.tokenizer)
     _check_vocabulary(run, tokenizer)
-    with explain_no_space(directory, lambda: None):
-        claim_directory(directory, run, resume)
+    check_directory(directory, run, resume)
     mixture = Mixture(
         run.data,
         batch_size=run.train.batch_size,
@@ -96,11 +98,12 @@ def train(
     with contextlib.ExitStack() as stack:
         if jax.default_backend() == "cpu":
             stack.enter_context(reuse_freed_memory())
-        stop = stack.enter_context(StopRequest())
+        if stop is None:
+            stop = stack.enter_context(StopRequest())
         keep = run.train.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, keep))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))
-        return _Loop(run, directory, mixture, checkpoints, stop, on_evaluate, progress).run_to_end()
+        return _Loop(run, directory, mixture, checkpoints, resume, stop, on_evaluate, progress).run_to_end()
 
 
 def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
@@ -129,6 +132,7 @@ class _Loop:
         directory: epath.Path,
         mixture: Mixture,
         checkpoints: Checkpoints,
+        resume: Resume,
         stop: StopRequest,
         on_evaluate: Callable[[EvaluationContext], None] | None,
         progress: ProgressReporter | None,
@@ -137,12 +141,20 @@ class _Loop:
         self._checkpoints, self._stop, self._on_evaluate, self._progress = checkpoints, stop, on_evaluate, progress
         self._source_names = [source.name for source in mixture.sources]
         self._graphdef, self._state = init_state(run)
-        self._step, self._loss, evaluated = 0, None, True
+        self._step, self._loss, self._resumed, evaluated = 0, None, None, True
         restored = checkpoints.restore(self._state)
         if restored is not None:
             self._state, self._step = restored.state, restored.step
             self._loss, evaluated = restored.metadata["loss"], restored.metadata["evaluated"]
             self._check_resumable()
+            check_directory(directory, run, resume, step=self._step)
+            self._resumed = Resumed.of_checkpoint(run, self._step, restored.metadata)
+        if self._resumed is not None:
+            logger.warning(
+                "%s: until step %d this run had another configuration, %s, and goes on with %s",
+                run.name, self._resumed.at_step, self._resumed.from_config, config_hash(run),
+            )  # fmt: skip
+        claim_directory(directory, run)
         self._evaluation_due = not evaluated
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         flops = flops_per_token(run.model, run.train.sequence_length).training
@@ -155,7 +167,7 @@ class _Loop:
         if self._progress is not None:
             self._progress.member(self._run.name, train.steps, self._step)
         try:
-            if self._evaluation_due:
+            if self._evaluation_due and self._stop.requested is None:
                 self._evaluate()
             if self._step < train.steps:
                 self._train_on()
@@ -231,7 +243,9 @@ class _Loop:
         """Calls the evaluator with the state after the step just done."""
         self._settle()
         if self._on_evaluate is not None:
-            context = evaluation_context(self._run, self._directory, self._graphdef, self._state, self._mixture)
+            context = evaluation_context(
+                self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed
+            )
             self._on_evaluate(context)
         self._evaluation_due = False
 
@@ -246,6 +260,8 @@ class _Loop:
             {
                 "name": self._run.name,
                 "config_hash": config_hash(self._run),
+                "training_hash": training_hash(self._run),
+                "resumed": None if self._resumed is None else dataclasses.asdict(self._resumed),
                 "loss": self._loss,
                 "evaluated": not self._evaluation_due,
                 "data": {"iterator": data, "step": self._step, "rows": rows},

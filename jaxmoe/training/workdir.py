@@ -4,57 +4,128 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from etils import epath
 
-from jaxmoe.config import ConfigError, RunConfig, to_dict
+from jaxmoe.config import ConfigError, RunConfig, config_hash, to_dict
 
 CONFIG_FILE = "config.json"
+DONE_FILE = "DONE"
 Resume = Literal["auto", "force"]
+
+_BOOKKEEPING = tuple(
+    f"train.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps")
+)
 
 _SHOWN_DIFFERENCES = 20
 
 
-def claim_directory(directory: epath.PathLike, run: RunConfig, resume: Resume = "auto") -> None:
-    """Writes `run` to the directory's config.json, or checks that it is the one already there.
+def check_directory(
+    directory: epath.PathLike, run: RunConfig, resume: Resume = "auto", *, step: int | None = None
+) -> None:
+    """Checks that a run may go on in a directory; writes nothing.
+
+    A finished run stays what it was trained as, whatever `resume` says: only its evaluation and its bookkeeping may
+    change, and `train.steps` may rise.
 
     Args:
-      directory: of the run; made if it is not there.
+      directory: of the run; it need not be there.
       run: the configuration about to be trained in it.
-      resume: `force` accepts another configuration than the directory's, and replaces it.
+      resume: `force` accepts another configuration than the directory's.
+      step: of the newest checkpoint, where it is known; a run is finished if it is at its end, or marked DONE.
 
     Raises:
       ConfigError: the directory is another configuration's; every difference is listed.
     """
-    path = epath.Path(directory) / CONFIG_FILE
-    wanted = to_dict(run)
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another folder.") from error
-        if found == json.loads(json.dumps(wanted)):
-            return
-        if resume != "force":
-            raise ConfigError(
-                f"{directory} belongs to another configuration:\n{describe_differences(found, wanted)}\n"
-                "Give --resume=force to go on in it with the new one, or take another folder."
-            )
-    _write_json(path, wanted)
+    directory = epath.Path(directory)
+    found, wanted = _stored(directory / CONFIG_FILE), _as_stored(run)
+    if found is None or found == wanted:
+        return
+    if resume != "force":
+        raise ConfigError(
+            f"{directory} belongs to another configuration:\n{describe_differences(found, wanted)}\n"
+            "Give --resume=force to go on in it with the new one, or take another folder."
+        )
+    old_steps = _flat(found).get("train.steps")
+    at_end = step is not None and isinstance(old_steps, int) and step >= old_steps
+    if not at_end and not (directory / DONE_FILE).exists():
+        return
+    trained_as = [key for key in _differing(found, wanted) if not _may_change_after_training(key)]
+    if "train.steps" in trained_as and isinstance(old_steps, int) and run.train.steps > old_steps:
+        trained_as.remove("train.steps")
+    if trained_as:
+        raise ConfigError(
+            f"{directory} holds a finished run, and what it was trained as cannot be changed, with --resume=force "
+            f"neither:\n{describe_differences(found, wanted, trained_as)}\n"
+            "Take another folder, or another member name, for the new configuration. (Of a finished run, evaluation.* "
+            f"and {', '.join(_BOOKKEEPING)} may change, and train.steps may rise.)"
+        )
 
 
-def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The keys in which two configurations differ, one to a line, with both values."""
+def claim_directory(directory: epath.PathLike, run: RunConfig) -> None:
+    """Writes `run` to the directory's config.json if it is not the one there; a DONE of another one goes first.
+
+    Args:
+      directory: of the run, for which `check_directory` has passed; made if it is not there.
+      run: the configuration that is trained in it from now on.
+    """
+    directory = epath.Path(directory)
+    if _stored(directory / CONFIG_FILE) == _as_stored(run):
+        return
+    (directory / DONE_FILE).unlink(missing_ok=True)
+    _write_json(directory / CONFIG_FILE, to_dict(run))
+
+
+def training_hash(run: RunConfig) -> str:
+    """Hash of what the numbers of a training depend on: no evaluation, no bookkeeping, no name."""
+    relevant = {key: value for key, value in _flat(_as_stored(run)).items() if not _may_change_after_training(key)}
+    return config_hash({key: value for key, value in relevant.items() if key != "name"})
+
+
+def describe_differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], keys: Sequence[str] | None = None
+) -> str:
+    """The keys in which two configurations differ, one to a line, with both values; of them `keys` alone if given."""
     old, new = _flat(found), _flat(wanted)
     lines = [
         f"  {key}: {_shown(old, key)} in the folder, {_shown(new, key)} now"
-        for key in [*old, *(key for key in new if key not in old)]
-        if key not in old or key not in new or old[key] != new[key]
+        for key in (_differing(found, wanted) if keys is None else keys)
     ]
     left_out = len(lines) - _SHOWN_DIFFERENCES
     return "\n".join(lines[:_SHOWN_DIFFERENCES] + ([f"  and {left_out} more"] if left_out > 0 else []))
+
+
+def _stored(path: epath.Path) -> dict[str, Any] | None:
+    """The configuration in a file; None if there is no file."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another folder.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is not a configuration but {found!r:.100}; restore it, or take another folder.")
+    return found
+
+
+def _as_stored(run: RunConfig) -> dict[str, Any]:
+    """A configuration as it comes back from its file."""
+    return json.loads(json.dumps(to_dict(run)))
+
+
+def _may_change_after_training(key: str) -> bool:
+    return key.split(".")[0] == "evaluation" or key in _BOOKKEEPING
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    old, new = _flat(found), _flat(wanted)
+    return [
+        key
+        for key in [*old, *(key for key in new if key not in old)]
+        if key not in old or key not in new or old[key] != new[key]
+    ]
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

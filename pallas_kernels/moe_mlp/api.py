@@ -26,7 +26,8 @@ def moe_mlp(
 ) -> jax.Array:
     r"""$y_t = \sum_j gate_{tj} W^{down}_{e} (\mathrm{SiLU}(x_t W^{gate}_{e}) \odot x_t W^{up}_{e})$, $e = index_{tj}$.
 
-    Differentiable in x, gate and the weights.
+    Differentiable in x, gate and the weights by `jax.grad` and `jax.vjp`. The gradients are written by hand, so
+    `jax.jvp` and `jax.hessian` are not supported.
 
     Args:
       x: (T, D) float32 or bfloat16.

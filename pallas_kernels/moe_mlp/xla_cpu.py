@@ -79,7 +79,7 @@ def _forward(x, plan, gate, w_gate_up, w_down):
     def overflow(expert, rows, slot, block_out):
         x_rows = take_valid(x, _tokens(plan, rows)[1], rows.valid)
         _, out = _experts(x_rows, take(w_gate_up, expert), take(w_down, expert))
-        return jax.lax.dynamic_update_slice(block_out, out.reshape(-1, out.shape[-1]), (slot, 0))
+        return jax.lax.dynamic_update_slice_in_dim(block_out, out.reshape(-1, out.shape[-1]), slot, axis=0)
 
     block_out = layout.for_blocks(overflow, jnp.zeros((layout.block_capacity, x.shape[1]), jnp.float32))
     slots = layout.slots(plan.inverse, plan.expert)
@@ -110,8 +110,8 @@ def _backward(residuals, y_gradient):
         hidden = _einsum("ecd,edf->ecf", x_rows, w_in).astype(x.dtype)
         x_part, gate_part, *weight_parts = _experts_backward(x_rows, y_rows, row_gate, hidden, w_in, w_out)
         return (
-            jax.lax.dynamic_update_slice(block_x, x_part.reshape(-1, x.shape[1]), (slot, 0)),
-            jax.lax.dynamic_update_slice(block_gate, gate_part.reshape(-1), (slot,)),
+            jax.lax.dynamic_update_slice_in_dim(block_x, x_part.reshape(-1, x.shape[1]), slot, axis=0),
+            jax.lax.dynamic_update_slice_in_dim(block_gate, gate_part.reshape(-1), slot, axis=0),
             [add_at(total, expert, part) for total, part in zip(weight_gradients, weight_parts, strict=True)],
         )
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.data import Example
-from jaxmoe.evaluation import TaskScore, forward, greedy_answers, score_each, score_examples
+from jaxmoe.evaluation import TaskScore, evaluate, forward, greedy_answers, score_each, score_examples
 from jaxmoe.evaluation.forward import Evaluator, batches_of
 from jaxmoe.evaluation.scoring import ExampleScores, length_buckets, ratio_standard_error
 from jaxmoe.models import Decoder
@@ -94,6 +94,20 @@ def test_scores_do_not_depend_on_the_batch(model, examples):
     np.testing.assert_allclose(together.nll[:3], alone, rtol=1e-5)
 
 
+def test_examples_longer_than_rows_of_training_are_counted(model, examples):
+    """A row of n tokens has n - 1 input positions; lengths are 2, 5, 17, 16, 32, 32 and 8 tokens."""
+    count = score_examples(model, examples, Numbers(), training_length=16).examples_beyond_training_length
+    assert count == 2
+    assert score_examples(model, examples, Numbers(), training_length=31).examples_beyond_training_length == 0
+
+
+def test_a_source_and_split_is_warned_of_once(caplog):
+    for _ in range(2):
+        evaluate._warn_of_extrapolation("sums", "test", 3, 10, 12)
+    (message,) = caplog.messages
+    assert "sums (test): 3 of 10 examples are longer than train.sequence_length=12" in message
+
+
 def test_macro_and_pooled_means_are_what_they_say():
     scores = ExampleScores(
         nll=np.array([math.log(2) * 4, math.log(2) * 3]),
@@ -101,6 +115,7 @@ def test_macro_and_pooled_means_are_what_they_say():
         answer_bytes=np.array([8, 2]),
         correct_tokens=np.array([1, 1]),
         index=np.arange(2),
+        positions=np.array([9, 10]),
         skipped=0,
         dropped_fraction=0.0,
     )
@@ -109,6 +124,8 @@ def test_macro_and_pooled_means_are_what_they_say():
     assert score.bits_per_byte == pytest.approx((4 / 8 + 3 / 2) / 2)
     assert score.loss == pytest.approx(7 * math.log(2) / 5)
     assert score.token_accuracy == pytest.approx(2 / 5)
+    assert score.examples_beyond_training_length == 0
+    assert TaskScore.from_examples(scores, training_length=9).examples_beyond_training_length == 1
     assert score.exact_match == pytest.approx(1 / 2)
     assert (score.examples, score.answer_tokens, score.answer_bytes) == (2, 5, 10)
 

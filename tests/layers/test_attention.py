@@ -1,5 +1,6 @@
 """Attention: against plain numpy, in blocks, grouped, padded, cached."""
 
+import functools
 import itertools
 
 import jax
@@ -45,11 +46,16 @@ def test_blocks_equal_the_definition_in_values_and_gradients(arguments, monkeypa
     *inputs, direction = arguments
     groups = GROUPS[groups]
     numbers = np.ones((BATCH, LENGTH), int) if groups is None else groups
-    ours, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, None if groups is None else jnp.asarray(groups)), *inputs)
-    expected, expected_pull = jax.vjp(lambda *qkv: plain_attention(*qkv, numbers), *inputs)
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
-    for gradient, expected_gradient in zip(pull(direction), expected_pull(direction), strict=True):
-        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def values_and_gradients(attention, *inputs):
+        value, pull = jax.vjp(attention, *inputs)
+        return value, *pull(direction)
+
+    ours = values_and_gradients(lambda *qkv: causal_attention(*qkv, None if groups is None else numbers), *inputs)
+    expected = values_and_gradients(lambda *qkv: plain_attention(*qkv, numbers), *inputs)
+    for actual, desired in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-5)
 
 
 @given(length=st.integers(1, 5000))
@@ -101,6 +107,11 @@ def test_rotated_products_depend_on_the_distance_alone(first, second, shift):
 WIDTH, HEADS = 12, 6
 
 
+@nnx.jit(static_argnames="layer")
+def apply(attention, x, **arguments):
+    return attention(x, **arguments)
+
+
 def make_attention(**changes) -> Attention:
     settings = {"num_kv_heads": KEY_HEADS, "head_dim": HEAD_DIM, "init_std": 0.5} | changes
     return Attention(WIDTH, HEADS, rngs=nnx.Rngs(0), **settings)
@@ -144,7 +155,7 @@ def test_layer_equals_its_formula_head_by_head(qk_norm):
             scores = key[h // 3, : i + 1] @ query[h, i] / 2  # sqrt(head_dim) = 2
             attention = np.exp(scores - scores.max())
             expected[i] += attention / attention.sum() @ value[h // 3, : i + 1] @ output[h]
-    np.testing.assert_allclose(layer(x)[0][0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(apply(layer, x)[0][0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_leaves_real_tokens_alone_and_everything_finite():
@@ -154,11 +165,11 @@ def test_padding_leaves_real_tokens_alone_and_everything_finite():
     positions = jnp.array([[0, 0, 0, 1, 2, 0, 0]])
 
     def summed(x):
-        y = layer(x, groups=groups, positions=positions)[0]
+        y = apply(layer, x, groups=groups, positions=positions)[0]
         return jnp.sum(y[:, 2:5] ** 2), y
 
-    gradient, y = jax.grad(summed, has_aux=True)(x)
-    np.testing.assert_allclose(y[:, 2:5], layer(x[:, 2:5])[0], rtol=1e-5, atol=1e-5)
+    gradient, y = jax.jit(jax.grad(summed, has_aux=True))(x)
+    np.testing.assert_allclose(y[:, 2:5], apply(layer, x[:, 2:5])[0], rtol=1e-5, atol=1e-5)
     assert np.isfinite(y).all()
     np.testing.assert_array_equal(gradient[:, [0, 1, 5, 6]], 0.0)
     assert np.isfinite(gradient).all()
@@ -168,17 +179,18 @@ def test_cache_filled_in_two_parts_equals_the_whole_row():
     """Rows of different lengths: the second part overwrites the padding of the first."""
     layer = make_attention()
     x = jax.random.normal(jax.random.key(1), (2, LENGTH, WIDTH))
-    whole, none = layer(x)
+    whole, none = apply(layer, x)
     assert none is None
-    empty = jnp.zeros((2, KEY_HEADS, LENGTH + 2, HEAD_DIM))
-    first, cache = layer(x[:, :4], cache=KeyValueCache(empty, empty))
+    empty = jnp.zeros((3, 2, KEY_HEADS, LENGTH + 2, HEAD_DIM))
+    first, cache = apply(layer, x[:, :4], cache=KeyValueCache(empty, empty), layer=1)
     np.testing.assert_allclose(first, whole[:, :4], rtol=1e-4, atol=1e-5)
     lengths = np.array([4, 2])
     for step in range(3):
         token = jnp.stack([x[row, lengths[row] + step] for row in range(2)])[:, None]
-        y, cache = layer(token, positions=jnp.asarray(lengths + step)[:, None], cache=cache)
+        y, cache = apply(layer, token, positions=jnp.asarray(lengths + step)[:, None], cache=cache, layer=1)
         expected = np.stack([whole[row, lengths[row] + step] for row in range(2)])
         np.testing.assert_allclose(y[:, 0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(cache.key[0::2], 0.0)  # other layers' parts
 
 
 @pytest.mark.parametrize(

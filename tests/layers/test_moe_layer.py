@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.config import ModelConfig, MoEConfig
-from jaxmoe.layers import MoE
+from jaxmoe.layers import Attention, DenseMLP, MoE, auxiliary_losses
 
 WIDTH, HIDDEN, EXPERTS, K = 6, 8, 4, 2
 SIZES = {"num_experts": EXPERTS, "experts_per_token": K, "expert_hidden": HIDDEN}
@@ -202,3 +202,57 @@ def test_default_construction_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_moe()
+
+
+def test_tokens_of_another_width_are_refused(moe):
+    with pytest.raises(ValueError, match="x has width 5 but the layer has width=6"):
+        moe(jnp.ones((3, 5)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype("bfloat16"), "bfloat16"])
+def test_dtypes_and_counts_may_be_those_of_numpy_and_jax(dtype):
+    counts = {name: np.int64(size) for name, size in SIZES.items()}
+    moe = make_moe(**counts, compute_dtype=dtype, router_dtype=dtype)
+    assert nnx.graphdef(moe) == nnx.graphdef(make_moe(compute_dtype="bfloat16", router_dtype="bfloat16"))
+    assert DenseMLP(WIDTH, HIDDEN, compute_dtype=dtype, rngs=nnx.Rngs(0)).compute_dtype == "bfloat16"
+    assert Attention(WIDTH, np.int64(1), compute_dtype=dtype, rngs=nnx.Rngs(0)).compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("changes", [{}, {"capacity_factor": 0.5}], ids=["dropless", "limited"])
+def test_64_bit_integers_change_nothing(changes):
+    """A project may run with jax_enable_x64; tokens and parameters are float32 still."""
+
+    def loss(moe, x):
+        y, statistics = moe(x)
+        return jnp.sum(y**2) + auxiliary_losses(statistics)["load_balance"], statistics.dropped
+
+    moe, x = make_moe(backend="cpu", **changes), tokens(40)
+    expected = nnx.jit(nnx.grad(loss, has_aux=True))(moe, x)
+    with jax.enable_x64(True):
+        actual = nnx.jit(nnx.grad(loss, has_aux=True))(moe, x)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_warning_of_a_router_that_cannot_learn_points_at_the_caller():
+    with pytest.warns(UserWarning, match="every gate is the constant 1") as caught:
+        make_moe(experts_per_token=1)
+    assert caught[0].filename == __file__
+
+
+def test_compiled_gradient_scatters_nothing_and_names_its_parts():
+    moe = make_moe(backend="cpu", capacity_factor=1.5)
+
+    @nnx.jit
+    def gradient(moe, x, mask):
+        def loss(moe, x):
+            y, statistics = moe(x, mask)
+            return y.sum() + statistics.z_sum + jnp.sum(statistics.probability_sum**2)
+
+        return nnx.grad(loss, argnums=(0, 1))(moe, x)
+
+    program = gradient.lower(moe, tokens(8), jnp.ones(8, bool)).compile().as_text()
+    assert " scatter(" not in program
+    for scope in ("/router/", "/plan/", "/routed_mlp/"):
+        assert scope in program

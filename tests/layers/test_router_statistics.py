@@ -73,6 +73,15 @@ def test_balance_loss_differentiates_the_probabilities_alone():
     np.testing.assert_allclose(by_probability, [0.25, 0.25, 0.0, 0.0])  # E · f_e / T
 
 
+def test_one_layer_alone_needs_no_config():
+    losses = auxiliary_losses(COLLAPSED)
+    assert (losses["load_balance"], losses["router_z"]) == (pytest.approx(2.0), pytest.approx(1.0))
+    metrics = load_metrics(COLLAPSED)
+    assert metrics["dead_experts"] == 2
+    assert metrics["load_max_over_mean"] == pytest.approx(2.0)
+    np.testing.assert_allclose(metrics["expert_load"], [0.5, 0.5, 0, 0])
+
+
 def test_load_metrics_of_a_balanced_and_a_collapsed_layer():
     metrics = load_metrics(BOTH)
     assert metrics["dropped_fraction"] == pytest.approx(4 / 32)

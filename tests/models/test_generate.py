@@ -115,3 +115,23 @@ def test_nucleus_keeps_the_likeliest_tokens_of_the_given_mass():
 def test_misuse_is_an_error_in_the_users_terms(moe_model, change, message):
     with pytest.raises(ValueError, match=message):
         generate(moe_model, PROMPTS, LENGTHS, **({"max_new_tokens": 3} | change))
+
+
+def test_prompt_lengths_may_be_a_list(moe_model):
+    ours, theirs = (
+        generate(moe_model, PROMPTS, lengths, max_new_tokens=1) for lengths in (LENGTHS.tolist(), jnp.asarray(LENGTHS))
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([5, 0, 1], r"prompt_lengths\[1\]=0; prompts of 5 columns have 1\.\.5 tokens"),
+        (np.array([5, 2, 6]), r"prompt_lengths\[2\]=6"),
+        ([5, 2], r"prompt_lengths has shape \(2,\); \(3,\) is expected"),
+    ],
+)
+def test_impossible_prompt_lengths_are_refused(moe_model, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        generate(moe_model, PROMPTS, lengths, max_new_tokens=3)

@@ -11,15 +11,18 @@ import subprocess
 import sys
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmoe.evaluation.records import make_record, write_json, write_records
+from jaxmoe.scaling import results_table
 from jaxmoe.scaling.report import ReportError, build_report, comparison, findings, style, tables
 
 STEPS, TOKENS_PER_STEP = 20, 1000
+CONFIG_HASH = "0123456789abcdef"
 
 
 @dataclasses.dataclass
@@ -50,6 +53,7 @@ def write_study(directory, runs, *, sources=("knowledge", "reasoning"), slices=N
             "tokens": STEPS * TOKENS_PER_STEP, "tokens_per_parameter": STEPS * TOKENS_PER_STEP / run.total,
             "sparsity": 1 - 2 / run.experts,
             "num_experts": run.experts, "experts_per_token": 2, "learning_rate": run.learning_rate,
+            "config_hash": CONFIG_HASH,
         }  # fmt: skip
         members.append(summary)
         if run.reached:
@@ -80,14 +84,14 @@ def write_run(folder, run, summary, sources):
         if step <= run.reached:
             write_records(folder, records(run, summary, sources, step))
     if run.reached == STEPS:
-        write_json(folder / "DONE", {"step": STEPS})
+        write_json(folder / "DONE", {"step": STEPS, "loss": run.loss, "config_hash": CONFIG_HASH})
 
 
 def records(run, summary, sources, step):
     identity = {name: value for name, value in summary.items() if name != "name"}
     identity |= {
         "study": "synthetic", "member": run.name, "slices": ",".join(run.slices), "step": step,
-        "tokens": step * TOKENS_PER_STEP, "init_std": 0.02, "config_hash": "0123456789abcdef", "device": "cpu x1",
+        "tokens": step * TOKENS_PER_STEP, "init_std": 0.02, "device": "cpu x1",
         "version_jax": "0.10.2", "dropped_fraction": 0.0,
     }  # fmt: skip
     part = step / STEPS
@@ -197,6 +201,12 @@ def test_the_member_table_holds_sizes_results_and_speed(quick):
     assert table.skipped_steps.tolist() == [1, 1, 1]
     gap = table["generalization_gap/reasoning/train_clean"]
     assert gap.tolist() == pytest.approx([-0.05 * run.solved for run in FAMILY])
+    results = results_table(quick.parent)
+    same = results[results["last"]].set_index("member")["generalization_gap/reasoning"]
+    assert same.to_dict() == pytest.approx(gap.to_dict()), "one definition, in bits per token"
+    np.testing.assert_allclose(table["loss_accuracy_gap/reasoning/test"], 0, atol=1e-12)
+    assert "reasoning loss–accuracy gap (test)" in Page(quick / "index.html").text
+    assert "reasoning gap (test − train, corrected, bits per token)" in Page(quick / "index.html").text
 
 
 def test_every_number_is_in_results_csv(quick):
@@ -221,6 +231,49 @@ def test_the_page_has_every_file_it_names_and_needs_no_other(quick):
     assert "A <synthetic> study" in page.text
     assert "Mind the <b>corruption</b>." in page.text
     assert "python -m experiments.run --config=mine.py" in page.text
+
+
+def test_files_of_an_earlier_report_are_removed_and_others_are_not(tmp_path, undrawn):
+    control = Run("clean", "clean", 1_000, slices=("control",), corruption=0.0)
+    report = build_report(write_study(tmp_path, [*FAMILY[:2], control]), svg=True).parent
+    assert (report / "control-effect.csv").exists()
+    (report / "mine.png").write_bytes(b"")
+    build_report(write_study(tmp_path, FAMILY[:2]))
+    assert not list(report.glob("control-*"))
+    assert not list(report.glob("*.svg"))
+    listed = (report / "files.txt").read_text().split()
+    assert sorted(path.name for path in report.iterdir()) == sorted([*listed, "files.txt", "mine.png"])
+
+
+def test_sections_after_the_headline_have_no_narrow_images(tmp_path, undrawn):
+    control = Run("clean", "clean", 1_000, slices=("control",), corruption=0.0)
+    report = build_report(write_study(tmp_path, [*FAMILY[:2], control])).parent
+    assert (report / "main-effect-narrow.png").exists()
+    assert not (report / "control-effect-narrow.png").exists()
+    page = Page(report / "index.html")
+    assert {image["srcset"] for image in page.sources} == {path.name for path in report.glob("*-narrow.png")}
+
+
+def test_knowledge_in_sentences_is_not_called_recall_of_values(tmp_path, undrawn):
+    directory = write_study(tmp_path, FAMILY[:2])
+    assert "share of attribute values recalled" in Page(build_report(directory)).text
+    for run in FAMILY[:2]:
+        path = directory / run.name / "config.json"
+        config = json.loads(path.read_text())
+        config["data"]["sources"]["knowledge"]["style"] = "sentences"
+        write_json(path, config)
+    text = Page(build_report(directory)).text
+    assert "share of attribute values recalled" not in text
+    assert "knowledge, share of tokens predicted, template words included" in text
+
+
+def test_examples_longer_than_rows_of_training_are_mentioned(tmp_path, undrawn):
+    directory = write_study(tmp_path, FAMILY[:2])
+    assert "extrapolated" not in Page(build_report(directory)).text
+    path = directory / "E8" / "records" / f"task-reasoning-test-{STEPS:08d}.json"
+    write_json(path, {**json.loads(path.read_text()), "examples_beyond_training_length": 7})
+    text = Page(build_report(directory)).text
+    assert "Longer than the rows of training, so extrapolated: 7 of 100 of reasoning (test) examples." in text
 
 
 def test_equal_records_give_equal_files(tmp_path):
@@ -348,6 +401,21 @@ def test_a_headline_without_a_finished_member_still_makes_a_page(tmp_path, undra
     runs = [dataclasses.replace(FAMILY[0], reached=STEPS // 2), control]
     page = Page(build_report(write_study(tmp_path, runs)))
     assert "The slice shown is “control”." in page.text
+
+
+def test_what_another_configuration_left_is_excluded_and_said(tmp_path, undrawn):
+    directory = write_study(tmp_path, FAMILY)
+    study = json.loads((directory / "study.json").read_text())
+    study["members"][2]["config_hash"] = "another"
+    write_json(directory / "study.json", study)
+    report = build_report(directory).parent
+    page = Page(report / "index.html")
+    assert "Some records are of another configuration than study.json states" in page.text
+    files = len(list((directory / "E64" / "records").iterdir()))
+    assert f"E64: {files} records left out" in page.text
+    assert "E64: not started" in page.text
+    for name in ("results", "main-effect", "main-training-curves"):
+        assert set(pd.read_csv(report / f"{name}.csv").member) == {"E2", "E8"}
 
 
 def test_a_line_of_the_log_that_is_being_written_is_left_out(tmp_path):

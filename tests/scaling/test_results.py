@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.config import ConfigError
 from jaxmoe.evaluation import make_record, write_record
 from jaxmoe.scaling import read_records, records_table, results_table
-from jaxmoe.scaling.results import loss_accuracy_gap
+from jaxmoe.scaling.results import loss_accuracy_gap, sift_records
 
 
 def record(member, step, evaluation, source, split, **numbers):
@@ -33,7 +33,7 @@ def study_dir(tmp_path):
         for split, shift in (("train", 0.0), ("test", 0.25)):
             task = record(
                 member, step, "task", "reasoning", split, loss=loss + shift, accuracy=accuracy - shift,
-                bits_per_token=1.5 * loss, bits_per_byte=loss, accuracy_standard_error=0.01,
+                bits_per_token=1.5 * loss + shift, bits_per_byte=loss, accuracy_standard_error=0.01,
             )  # fmt: skip
             write_record(tmp_path / member, task)
         write_record(tmp_path / member, record(member, step, "training", "all", "train", loss=loss - 0.125))
@@ -58,7 +58,7 @@ def test_one_row_for_each_member_and_step(study_dir):
     np.testing.assert_allclose(table["training_loss"], [1.875, 0.875, 2.875])
     np.testing.assert_allclose(table["training_loss/reasoning"], [1.5, 0.5, 2.5])
     np.testing.assert_allclose(table["validation_loss/reasoning/test"], [2.5, 1.5, 3.5])
-    np.testing.assert_allclose(table["bits_per_token/reasoning/test"], [3.0, 1.5, 4.5])
+    np.testing.assert_allclose(table["bits_per_token/reasoning/test"], [3.25, 1.75, 4.75])
     np.testing.assert_allclose(table["accuracy/reasoning/test"], [0.25, 0.55, -0.05])
     assert table["tokens"].tolist() == [1000, 2000, 2000]
 
@@ -68,6 +68,28 @@ def test_gaps(study_dir):
     np.testing.assert_allclose(table["generalization_gap/reasoning"], 0.25)
     np.testing.assert_allclose(table["accuracy_gap/reasoning"], 0.25)
     np.testing.assert_allclose(table["task_minus_training_loss/reasoning"], 0.375)
+
+
+def test_gaps_are_against_corrected_solutions_where_there_are_any(study_dir):
+    """E8 has them at its last step; its own row changes and no other."""
+    write_record(
+        study_dir / "E8",
+        record("E8", 20, "task", "reasoning", "train_clean", loss=1.0, bits_per_token=1.7, accuracy=0.6),
+    )
+    table = results_table(study_dir)
+    np.testing.assert_allclose(table["generalization_gap/reasoning"], [0.25, 0.05, 0.25])
+    np.testing.assert_allclose(table["accuracy_gap/reasoning"], [0.25, 0.05, 0.25])
+
+
+def test_records_of_another_configuration_are_left_out(study_dir):
+    study = json.loads((study_dir / "study.json").read_text())
+    for member, config_hash in zip(study["members"], ("ab", "cd")):
+        member["config_hash"] = config_hash
+    (study_dir / "study.json").write_text(json.dumps(study))
+    kept, foreign = sift_records(study_dir)
+    assert {entry["member"] for entry in kept} == {"E8"}
+    assert foreign == {"E2": 5}
+    assert set(results_table(study_dir)["member"]) == {"E8"}
 
 
 def test_the_loss_accuracy_gap_is_what_a_falling_function_of_the_loss_leaves():

@@ -134,7 +134,8 @@ def test_the_records_say_what_the_logs_say(finished):
 def test_the_results_table_has_every_evaluation(finished):
     table = results_table(finished[0])
     assert list(zip(table["member"], table["step"])) == [("first", 4), ("first", 8), ("second", 4), ("second", 8)]
-    gap = table["task_loss/reasoning/test"] - table["task_loss/reasoning/train"]
+    trained = "train_clean" if "bits_per_token/reasoning/train_clean" in table else "train"
+    gap = table["bits_per_token/reasoning/test"] - table[f"bits_per_token/reasoning/{trained}"]
     assert (table["generalization_gap/reasoning"] == gap).all()
     assert table["training_loss"].notna().all()
 
@@ -180,7 +181,76 @@ def test_force_evaluates_again_with_the_new_settings_and_trains_no_further(copie
     assert result.members[0].status == "done"
     records = [entry for entry in read_records(copied) if entry["member"] == "first" and entry["evaluation"] == "task"]
     assert {entry["examples"] for entry in records if entry["step"] == 8} == {4}
-    assert {entry["examples"] for entry in records if entry["step"] == 4} == {8}
+    assert not [entry for entry in records if entry["step"] == 4], "those are of the other configuration"
+    earlier = json.loads((copied / "first" / "records" / "task-reasoning-test-00000004.json").read_text())
+    assert earlier["examples"] == 8
+
+
+def test_force_does_not_relabel_a_finished_member(copied):
+    before = contents(copied) | {"config": (copied / "first" / "config.json").read_bytes()}
+    with pytest.raises(ConfigError, match="finished run") as error:
+        run_study(study_of(train__weight_decay=0.5), copied, resume="force")
+    assert "train.weight_decay: 0.1 in the folder, 0.5 now" in str(error.value)
+    assert contents(copied) | {"config": (copied / "first" / "config.json").read_bytes()} == before
+
+
+def test_force_on_an_unfinished_member_is_recorded(tmp_path):
+    run_study(study_of(), tmp_path, progress=Stopping("first", 3))
+    stopped = max(int(path.name) for path in (tmp_path / "first" / "checkpoints").iterdir() if path.name.isdigit())
+    run_study(study_of(train__weight_decay=0.5), tmp_path, only="first", resume="force")
+    old = config_hash(study_of().member("first").config)
+    done = json.loads((tmp_path / "first" / "DONE").read_text())
+    assert (done["resumed_from_config"], done["resumed_at_step"]) == (old, stopped)
+    last = [entry for entry in read_records(tmp_path) if entry["step"] == 8]
+    assert {(entry["resumed_from_config"], entry["resumed_at_step"]) for entry in last} == {(old, stopped)}
+
+
+@pytest.mark.parametrize("moment", ["the last evaluation", "between members"])
+def test_a_signal_outside_of_training_stops_the_study_too(tmp_path, monkeypatch, moment):
+    """The first member is finished, the second is left for later."""
+
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    whole_evaluation, whole_member = runner.evaluate_all, runner.run_member
+
+    def evaluate_all(context, labels):
+        if moment == "the last evaluation" and context.step == 8:
+            terminate()
+        return whole_evaluation(context, labels)
+
+    def run_member(*args, **kwargs):
+        result = whole_member(*args, **kwargs)
+        if moment == "between members":
+            terminate()
+        return result
+
+    monkeypatch.setattr(runner, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(runner, "run_member", run_member)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run_study(study_of(), tmp_path)
+    assert [member.status for member in result.members] == ["done", "pending"]
+    assert result.status == "resumable"
+    assert (tmp_path / "first" / "DONE").exists()
+    assert not (tmp_path / "second").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"members": 3}'])
+def test_a_broken_study_file_is_named(copied, content):
+    (copied / "study.json").write_text(content)
+    for use in (lambda: run_study(study_of(), copied), lambda: read_records(copied)):
+        with pytest.raises(ConfigError, match=r"study\.json .*; restore it, or delete it and run the study again"):
+            use()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 8}'])
+def test_a_broken_done_counts_as_not_done(copied, finished, caplog, content):
+    (copied / "first" / "DONE").write_text(content)
+    result = run_study(study_of(), copied, only="first")
+    assert result.members[0].status == "done"
+    assert "DONE cannot be used" in caplog.text
+    assert contents(copied) == contents(finished[0])
 
 
 def test_force_trains_on_when_there_are_more_steps(copied):
@@ -276,10 +346,27 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
         run_study(study_of(), tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_checkpoints_that_are_there_need_no_space_again(copied, monkeypatch):
+    """Of two members with two checkpoints each, one more is needed while it is being written."""
+    for name in ("first", "second"):
+        (copied / name / "DONE").unlink()
+    usage = shutil.disk_usage(copied)
+    size = preflight.checkpoint_bytes(study_of().members[0])
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=size))
+    assert run_study(study_of(), copied).status == "done"
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    assert run_study(study_of(), copied).status == "done", "all are done, nothing is needed"
+    (copied / "first" / "DONE").unlink()
+    with pytest.raises(ConfigError, match="no space left for the checkpoints of 1 members"):
+        run_study(study_of(), copied)
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written to"):
+    with pytest.raises(ConfigError, match="file is a file; give a folder"):
         run_study(study_of(), tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        run_study(study_of(), tmp_path / "file" / "folder")
 
 
 def test_one_member_alone_is_a_run_of_its_own(copied):

@@ -253,7 +253,8 @@ def test_the_summary_counts(study):
     assert summary["tokens"] == 10 * 4 * 16
     assert summary["tokens_per_parameter"] == pytest.approx(640 / count.total)
     assert summary["sparsity"] == 1 - 2 / 8
-    assert summary["training_flops"] == 6 * count.active * 640
+    assert summary["approximate_training_flops"] == 6 * count.active * 640
+    assert summary["training_flops"] == summary["matmul_flops_per_token"] * 640
     assert summary["state_bytes"] == 12 * count.total
     for name in ("total_parameters", "active_parameters", "flops_per_token", "matmul_flops_per_token", "seed"):
         assert type(summary[name]) is int

@@ -150,6 +150,30 @@ def test_damaged_newest_is_set_aside_and_the_one_before_taken(tiny_run, saved, d
         assert checkpoints.last_step == 3
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        ValueError("FAILED_PRECONDITION: Error reading local file [OS error 116: Stale file handle]"),
+        ValueError("UNKNOWN: Error opening local file"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_just_now_is_left_alone(tiny_run, directory, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    with Checkpoints(directory, keep=3) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(CheckpointError, match=r"step 3 in .* could not be read: .*nothing was moved"):
+            checkpoints.restore(init_state(tiny_run)[1])
+    assert {path.name for path in directory.iterdir()} >= {"1", "2", "3"}
+    assert not (directory.parent / "unreadable_checkpoints").exists()
+
+
 def test_unfinished_write_is_ignored(tiny_run, directory):
     """What a kill leaves of a checkpoint that was being written."""
     (directory / "3").rename(directory / "4.orbax-checkpoint-tmp")

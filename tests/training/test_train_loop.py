@@ -11,9 +11,9 @@ import signal
 import numpy as np
 import pytest
 
-from jaxmoe.config import ConfigError
+from jaxmoe.config import ConfigError, config_hash
 from jaxmoe.data import Mixture
-from jaxmoe.training import NonFiniteLossError, averaging_window, make_train_step, train
+from jaxmoe.training import CheckpointError, NonFiniteLossError, StopRequest, averaging_window, make_train_step, train
 from jaxmoe.training.progress import ProgressReporter
 
 
@@ -230,6 +230,58 @@ def test_force_goes_on_with_the_other_configuration(tiny_run, replace_train, tmp
     shorter = replace_train(tiny_run, steps=12)
     with pytest.raises(ConfigError, match=r"train.steps=12, but the newest checkpoint in .* is of step 24"):
         train(shorter, tmp_path, resume="force")
+
+
+def test_force_cannot_change_what_a_finished_run_was_trained_as(tiny_run, replace_train, tmp_path):
+    train(tiny_run, tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    other = dataclasses.replace(replace_train(tiny_run, learning_rate=0.5, log_every=5), seed=7)
+    with pytest.raises(ConfigError, match="finished run") as caught:
+        train(other, tmp_path, resume="force")
+    assert "train.learning_rate: 0.01 in the folder, 0.5 now" in str(caught.value)
+    assert "seed: 3 in the folder, 7 now" in str(caught.value)
+    assert "log_every:" not in str(caught.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_configuration(tiny_run, tmp_path):
+    """The folder is claimed only once its checkpoint could be read."""
+    stop = StopRequest()
+    evaluator = Evaluator(8, lambda: setattr(stop, "requested", "SIGTERM"))
+    first = train(tiny_run, tmp_path, on_evaluate=evaluator, stop=stop)
+    assert (first.status, first.step) == ("resumable", 8)
+    before = (tmp_path / "config.json").read_bytes()
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    wider = dataclasses.replace(tiny_run, model=dataclasses.replace(tiny_run.model, width=32))
+    with pytest.raises(CheckpointError, match="is of another model"):
+        train(wider, tmp_path, resume="force")
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_run_forced_to_another_configuration_says_so_ever_after(tiny_run, replace_train, tmp_path):
+    def until(step, run, **kwargs):
+        stop, seen = StopRequest(), []
+
+        def evaluate(context):
+            seen.append((context.step, context.resumed_from_config, context.resumed_at_step))
+            if context.step == step:
+                stop.requested = "SIGTERM"
+
+        train(run, tmp_path, on_evaluate=evaluate, stop=stop, **kwargs)
+        return seen
+
+    other = replace_train(tiny_run, weight_decay=0.5, log_every=4)
+    assert until(8, tiny_run) == [(8, None, None)]
+    assert until(16, other, resume="force") == [(16, config_hash(tiny_run), 8)]
+    assert until(24, other) == [(24, config_hash(tiny_run), 8)]
+
+
+def test_a_configuration_that_cannot_be_read(tiny_run, tmp_path):
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"config\.json is not .*; restore it, or take another folder"):
+            train(tiny_run, tmp_path)
 
 
 def test_vocabulary_smaller_than_the_tokenizers(tiny_run, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,22 +16,25 @@ from jaxmoe.scaling.report.tables import StudyTables, load_study
 if TYPE_CHECKING:
     import pandas as pd
 
+MANIFEST = "files.txt"
+"""Names of the files that the report consists of, one a line."""
+
 
 def write_report(study_dir: epath.PathLike, output: epath.PathLike | None, *, svg: bool) -> epath.Path:
     """`jaxmoe.scaling.report.build_report`."""
     tables = load_study(study_dir)
-    directory = epath.Path(study_dir) / "report" if output is None else epath.Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
+    folder = _Folder(epath.Path(study_dir) / "report" if output is None else epath.Path(output), svg)
     summary, sections = None, []
     for part in tables.slices:
         comparison = compare(tables, part)
         if summary is None and not comparison.rows.empty:
-            summary = _write_figure(directory, figures.summary_figure(tables, comparison), svg)
-        drawn = [_write_figure(directory, figure, svg) for figure in slice_figures(tables, comparison)]
+            summary = folder.write_figure(figures.summary_figure(tables, comparison), narrow=True)
+        headline = part == tables.slices[0]
+        drawn = [folder.write_figure(figure, narrow=headline) for figure in slice_figures(tables, comparison)]
         sections.append(html.Section(part, tuple(drawn), tuple(findings.slice_findings(tables, comparison))))
     numbers = members.member_numbers(tables)
-    _write_csv(directory / "members.csv", numbers)
-    _write_csv(directory / "results.csv", tables.results)
+    folder.write_csv("members.csv", numbers)
+    folder.write_csv("results.csv", tables.results)
     text = html.page(
         tables,
         summary,
@@ -39,9 +43,9 @@ def write_report(study_dir: epath.PathLike, output: epath.PathLike | None, *, sv
         members.arm_table(numbers),
         members.run_table(numbers),
     )
-    index = directory / "index.html"
-    index.write_text(text)
-    return index
+    folder.write("index.html", text.encode())
+    folder.remove_stale()
+    return folder.directory / "index.html"
 
 
 def slice_figures(tables: StudyTables, comparison: Comparison) -> Iterator[ReportFigure]:
@@ -62,18 +66,39 @@ def slice_figures(tables: StudyTables, comparison: Comparison) -> Iterator[Repor
     yield from (figure for figure in optional if figure is not None)
 
 
-def _write_figure(directory: epath.Path, figure: ReportFigure, svg: bool) -> html.DrawnFigure:
-    """Writes a figure's wide and narrow image and its table."""
-    wide, narrow = figure.draw(figure.columns), figure.draw(1)
-    (directory / f"{figure.name}.png").write_bytes(style.image_bytes(wide))
-    (directory / f"{figure.name}{html.NARROW}.png").write_bytes(style.image_bytes(narrow))
-    if svg:
-        (directory / f"{figure.name}.svg").write_bytes(style.image_bytes(wide, "svg"))
-    _write_csv(directory / f"{figure.name}.csv", figure.data)
-    formats = ("png", "svg") if svg else ("png",)
-    return html.DrawnFigure(figure, style.pixels(wide), style.pixels(narrow), formats)
+class _Folder:
+    """The report's folder: writes files, and removes those that an earlier report wrote and this one did not."""
 
+    def __init__(self, directory: epath.Path, svg: bool):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.svg = directory, svg
+        self._written: list[str] = []
 
-def _write_csv(path: epath.Path, table: pd.DataFrame) -> None:
-    """Numbers are written so that reading them gives the same numbers back."""
-    path.write_text(table.to_csv(index=False, lineterminator="\n"))
+    def write(self, name: str, contents: bytes) -> None:
+        (self.directory / name).write_bytes(contents)
+        self._written.append(name)
+
+    def write_csv(self, name: str, table: pd.DataFrame) -> None:
+        """Numbers are written so that reading them gives the same numbers back."""
+        self.write(name, table.to_csv(index=False, lineterminator="\n").encode())
+
+    def write_figure(self, figure: ReportFigure, *, narrow: bool) -> html.DrawnFigure:
+        """Writes a figure's image, its table and, for phones, an image with all panels below each other."""
+        wide, slim = figure.draw(figure.columns), figure.draw(1) if narrow else None
+        self.write(f"{figure.name}.png", style.image_bytes(wide))
+        if slim is not None:
+            self.write(f"{figure.name}{html.NARROW}.png", style.image_bytes(slim))
+        if self.svg:
+            self.write(f"{figure.name}.svg", style.image_bytes(wide, "svg"))
+        self.write_csv(f"{figure.name}.csv", figure.data)
+        formats = ("png", "svg") if self.svg else ("png",)
+        return html.DrawnFigure(figure, style.pixels(wide), style.pixels(slim) if slim is not None else None, formats)
+
+    def remove_stale(self) -> None:
+        """Removes what `MANIFEST` lists of the last time and is not written any more; other files are left alone."""
+        manifest = self.directory / MANIFEST
+        earlier = manifest.read_text().splitlines() if manifest.exists() else []
+        for name in set(earlier) - set(self._written):
+            if name == pathlib.PurePosixPath(name).name:
+                (self.directory / name).unlink(missing_ok=True)
+        manifest.write_text("".join(f"{name}\n" for name in sorted(self._written)))

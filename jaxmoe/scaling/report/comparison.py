@@ -188,9 +188,21 @@ def accuracy_caption(tables: StudyTables) -> str:
             "generation": "share of written answers whose result is right",
         }.get(own.kind.iloc[-1], "share of answers right in every token")
         if kind == "knowledge":
-            counted = "share of attribute values recalled"
+            counted = (
+                "share of tokens predicted, template words included" if source in tables.sentences else
+                "share of attribute values recalled"
+            )  # fmt: skip
         elif kind == "reasoning":
             counted = "share of worked solutions right in every step"
         chance = own.chance.dropna()
         sentences.append(f"{source}, {counted}" + (f" (chance {style.short(chance.iloc[-1])})" if len(chance) else ""))
     return f"Accuracy: {'; '.join(sentences)}." if sentences else ""
+
+
+def extrapolation_caption(rows: pd.DataFrame) -> str:
+    """Which sources' examples are longer than the rows of training, so that extrapolation is measured; else empty."""
+    parts = []
+    for (source, split), own in rows[rows.beyond.fillna(0) > 0].groupby(["source", "split"], sort=False):
+        worst = own.loc[own.beyond.idxmax()]
+        parts.append(f"{worst.beyond:.0f} of {worst.examples:.0f} of {source} ({split_name(split)})")
+    return f"Longer than the rows of training, so extrapolated: {', '.join(parts)} examples." if parts else ""

@@ -13,6 +13,7 @@ from jaxmoe.scaling.report import style
 from jaxmoe.scaling.report.comparison import (
     Comparison,
     accuracy_caption,
+    extrapolation_caption,
     seeds_caption,
     split_name,
     status_caption,
@@ -21,6 +22,7 @@ from jaxmoe.scaling.report.comparison import (
 from jaxmoe.scaling.report.panels import Panel, alternative_text, columns_for, draw_panels, split_key
 from jaxmoe.scaling.report.plots import OPTIMAL_TOKENS_PER_PARAMETER, optimum_in_range
 from jaxmoe.scaling.report.tables import StudyTables
+from jaxmoe.scaling.results import generalization_gaps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,8 +124,8 @@ def gap_figure(tables: StudyTables, comparison: Comparison, name: str) -> Report
             panels.append(Panel(f"{source}: gap in {TITLES[metric].lower()}", metric, own, signs, difference=True))
     kinds = {tables.kinds[source] for source in wide.source}
     caption = [
-        f"How much worse the test split is than the training split, against {x_label(x)}: test minus train for losses, "
-        "train minus test for accuracy.",
+        f"How much worse the test split is than the training split, against {x_label(x)}: test minus train for losses "
+        "(task losses in bits per answer token, validation losses in nats per token), train minus test for accuracy.",
         _CORRECTED if "train_clean" in set(wide.split) else "",
         "The test split of knowledge was never seen, so its gap is what memorizing is worth."
         if "knowledge" in kinds else "",
@@ -146,24 +148,9 @@ def gap_figure(tables: StudyTables, comparison: Comparison, name: str) -> Report
 
 
 def gaps(rows: pd.DataFrame) -> pd.DataFrame:
-    """How much worse the test split is than each training split, a row per (member, source, metric, training split).
-
-    `value` is test minus train for losses and train minus test for accuracy, `standard_error` its error over examples.
-    Where training solutions are corrupted, the comparison with the corrected ones has rank 0, the other rank 1.
-    """
-    import pandas as pd
-
-    rows = metric_rows(rows)
-    keys = ["member", "source", "metric"]
-    test = rows[(rows.split == "test") & (rows.metric != "training_loss")]
-    test = test[[*keys, "value", "standard_error"]].rename(columns={"value": "test", "standard_error": "test_error"})
-    trained = [rows[rows.split == split].merge(test, on=keys) for split in ("train_clean", "train")]
-    table = pd.concat(trained, ignore_index=True).rename(columns={"value": "train"})
-    table["standard_error"] = (table.standard_error**2 + table.test_error**2) ** 0.5
-    table["value"] = (table.test - table.train).where(table.metric != "accuracy", table.train - table.test)
-    corrected = set(table.loc[table.split == "train_clean", "source"])
-    table["rank"] = [int(split == "train" and source in corrected) for split, source in zip(table.split, table.source)]
-    return table
+    """`generalization_gaps` of the numbers that figures show."""
+    shown = metric_rows(rows)
+    return generalization_gaps(shown[shown.metric != "training_loss"])
 
 
 def summary_figure(tables: StudyTables, comparison: Comparison) -> ReportFigure:
@@ -174,7 +161,7 @@ def summary_figure(tables: StudyTables, comparison: Comparison) -> ReportFigure:
     x = comparison.part.x
     panels = [Panel("Training loss", "training_loss", rows[rows.metric == "training_loss"], "whole mixture")]
     for source, kind in tables.kinds.items():
-        panel = _summary_panel(rows[rows.source == source], source, kind)
+        panel = _summary_panel(rows[rows.source == source], source, kind, source in tables.sentences)
         if panel is not None and len(panels) < 4:
             panels.append(panel)
     panels = [panel for panel in panels if not panel.rows.empty]
@@ -198,10 +185,11 @@ def summary_figure(tables: StudyTables, comparison: Comparison) -> ReportFigure:
     )
 
 
-def _summary_panel(rows: pd.DataFrame, source: str, kind: str) -> Panel | None:
+def _summary_panel(rows: pd.DataFrame, source: str, kind: str, sentences: bool) -> Panel | None:
     """What a source is about: recall of what was seen, accuracy on what is new, else its loss."""
     wanted = {
-        "knowledge": ("accuracy", "Memorization", "share of facts recalled"),
+        "knowledge": ("accuracy", "Memorization",
+                      "share of tokens predicted, template included" if sentences else "share of facts recalled"),
         "reasoning": ("accuracy", "Reasoning", "share of problems solved"),
         "text": ("validation_loss", f"{source}: validation loss", ""),
     }
@@ -236,7 +224,8 @@ def _metric_caption(tables: StudyTables, rows: pd.DataFrame) -> str:
     """What the drawn metrics mean."""
     drawn = set(rows.metric)
     task = "Task loss: bits per token of the answers alone, mean over examples." if "task_loss" in drawn else ""
-    return " ".join(filter(None, [task, accuracy_caption(tables) if "accuracy" in drawn else ""]))
+    beyond = extrapolation_caption(rows[rows.metric == "task_loss"])
+    return " ".join(filter(None, [task, beyond, accuracy_caption(tables) if "accuracy" in drawn else ""]))
 
 
 def enumerate_words(items: Sequence[str]) -> str:

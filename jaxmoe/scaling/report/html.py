@@ -29,13 +29,13 @@ class DrawnFigure:
 
     Attributes:
       figure: what it shows.
-      size, narrow_size: width and height in pixels of the wide and of the narrow image.
+      size, narrow_size: width and height in pixels of the wide and of the narrow image; None without a narrow one.
       formats: endings of the files it has besides `csv`.
     """
 
     figure: ReportFigure
     size: tuple[int, int]
-    narrow_size: tuple[int, int]
+    narrow_size: tuple[int, int] | None
     formats: tuple[str, ...]
 
 
@@ -116,7 +116,20 @@ def _header(tables: StudyTables) -> str:
     chips += [f"varies: {style.words(name)}" for name in tables.varies]
     return (
         f'<header class="top"><h1>{_text(tables.title)}</h1>'
-        f"{_list(map(_text, chips), 'chips')}{_progress(tables)}</header>"
+        f"{_list(map(_text, chips), 'chips')}{_foreign(tables)}{_progress(tables)}</header>"
+    )
+
+
+def _foreign(tables: StudyTables) -> str:
+    """Which records are not of the study as it is now; empty if all are."""
+    if not tables.foreign:
+        return ""
+    items = [f"<b>{_text(member)}</b>: {count} records left out" for member, count in tables.foreign.items()]
+    return (
+        '<div class="box warning" role="status" style="margin-top:1rem">'
+        "<h3>Some records are of another configuration than study.json states</h3>"
+        f"<p>They were written before the configuration was changed and are in no number below.</p>{_list(items, '')}"
+        "</div>"
     )
 
 
@@ -177,13 +190,16 @@ def _figure(drawn: DrawnFigure, number: str, after: str) -> str:
     """A figure with its caption, its files, and `after` them."""
     figure = drawn.figure
     width, height = drawn.size
-    narrow_width, narrow_height = drawn.narrow_size
+    narrow = ""
+    if drawn.narrow_size is not None:
+        narrow = (
+            f'<source media="(max-width: 720px)" srcset="{figure.name}{NARROW}.png" '
+            f'width="{drawn.narrow_size[0]}" height="{drawn.narrow_size[1]}">'
+        )
     files = [_link(f"{figure.name}.{ending}", ending.upper()) for ending in (*drawn.formats, "csv")]
     title = "" if figure.title == number else f" {_text(figure.title)}."
     return (
-        f'<figure id="{figure.name}"><a href="{figure.name}.png"><picture>'
-        f'<source media="(max-width: 720px)" srcset="{figure.name}{NARROW}.png" width="{narrow_width}" '
-        f'height="{narrow_height}">'
+        f'<figure id="{figure.name}"><a href="{figure.name}.png"><picture>{narrow}'
         f'<img src="{figure.name}.png" width="{width}" height="{height}" style="max-width:{_SCALE * width:.0f}px" '
         f'loading="lazy" alt="{_text(figure.alt)}">'
         f"</picture></a><figcaption><p><b>{number}.{title}</b> {_text(figure.caption)}</p>"
@@ -232,9 +248,12 @@ def _reading(tables: StudyTables) -> str:
         entries += [
             ("Task loss", "Bits per token of the answer alone given its prompt, mean over examples, as in the paper's "
              "code."),
-            ("Generalization gap", "How much worse the test split is than the training split. “Train, corrected” has "
-             "the training problems with correct solutions, so it is the fair partner of a clean test split."),
-            ("Loss–accuracy gap", "Two members of equal task loss and different accuracy."),
+            ("Generalization gap", "How much worse the test split is than the training split; of task losses in bits "
+             "per answer token. “Train, corrected” has the training problems"
+             " with correct solutions, so it is the fair partner of a clean test split."),
+            ("Loss–accuracy gap", "Accuracy minus what the best non-increasing function of the task loss gives, fitted "
+             "to all members' last evaluations: negative where a member turns its loss into less accuracy than the "
+             "others do."),
         ]  # fmt: skip
     entries += [
         ("Seeds", "Lines join means over seeds, bands reach from the lowest to the highest seed, small points are the "

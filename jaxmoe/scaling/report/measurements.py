@@ -31,6 +31,9 @@ def read_json_lines(path: epath.Path) -> Iterator[dict[str, Any]]:
             raise ReportError(f"{path}, line {number} is not JSON: {error}.") from error
 
 
+NO_LOGS: dict[str, list[dict[str, Any]]] = {"metrics": [], "throughput": []}
+
+
 def read_logs(folder: epath.Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of a member's `metrics` and `throughput` logs; empty lists where there are none."""
     return {name: list(read_json_lines(folder / f"{name}.jsonl")) for name in ("metrics", "throughput")}
@@ -82,11 +85,11 @@ def results(members: pd.DataFrame, records: Mapping[str, list[Record]]) -> pd.Da
                     math.nan if error is None else float(error),
                     record.get("chance_accuracy") if metric == "accuracy" else None,
                     record.get("accuracy_kind") if metric == "accuracy" else None,
-                    record.get("examples"),
+                    record.get("examples"), record.get("examples_beyond_training_length"),
                 ))  # fmt: skip
     columns = ["member", "arm", "seed", "step", "tokens", "evaluation", "source", "split", "metric", "value",
-               "standard_error", "chance", "kind", "examples"]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns)
+               "standard_error", "chance", "kind", "examples", "beyond"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns).astype({"beyond": float})
 
 
 def curves(

@@ -8,6 +8,7 @@ from jaxmoe.scaling.report import style
 from jaxmoe.scaling.report.comparison import split_name
 from jaxmoe.scaling.report.figures import gaps, metric_rows
 from jaxmoe.scaling.report.tables import StudyTables
+from jaxmoe.scaling.results import loss_accuracy_gap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +51,11 @@ def member_numbers(tables: StudyTables) -> pd.DataFrame:
     for row in gaps(final).itertuples():
         if row.metric != "accuracy":
             columns.setdefault(f"generalization_gap/{row.source}/{row.split}", {})[row.member] = row.value
+    for source, own in final[final["rank"] == 0].groupby("source", sort=False):
+        values = own[own.metric.isin(["task_loss", "accuracy"])].pivot(index="member", columns="metric", values="value")
+        if {"task_loss", "accuracy"} <= set(values):
+            residual = loss_accuracy_gap(values.task_loss, values.accuracy)
+            columns[f"loss_accuracy_gap/{source}/{own.split.iloc[0]}"] = residual.to_dict()
     measured = pd.DataFrame({name: tables.members.member.map(values) for name, values in columns.items()})
     ordered = sorted(measured.columns, key=lambda name: (name != "training_loss", name))
     identity = tables.members[["member", "arm", "seed", "slices", "status", "step", *_SIZES, *_SETTINGS]]
@@ -99,12 +105,14 @@ def _formats(numbers: pd.DataFrame) -> dict[str, tuple[str, Any]]:
     for name in numbers.columns:
         metric, _, place = name.partition("/")
         source, _, split = place.rpartition("/")
+        unit = "bits per token" if f"task_loss/{place}" in numbers.columns else "nats per token"
         heading = {
             "training_loss": "training loss",
             "validation_loss": f"{source} validation loss ({split_name(split)})",
             "task_loss": f"{source} task loss ({split_name(split)})",
             "accuracy": f"{source} accuracy ({split_name(split)})",
-            "generalization_gap": f"{source} gap (test − {split_name(split)})",
+            "generalization_gap": f"{source} gap (test − {split_name(split)}, {unit})",
+            "loss_accuracy_gap": f"{source} loss–accuracy gap ({split_name(split)})",
         }.get(metric)
         if heading and (place or metric == "training_loss"):
             formats[name] = (heading, style.fixed)

@@ -100,6 +100,10 @@ def image_bytes(figure: Figure, kind: str = "png") -> bytes:
     buffer = io.BytesIO()
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     with figure_style():  # settings of SVG files are read when they are written
+        layout = figure.get_layout_engine()
+        if layout is not None:  # once for all formats; savefig would draw everything twice to do the same
+            layout.execute(figure)
+            figure.set_layout_engine("none")
         figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
     return buffer.getvalue()
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from jaxmoe.evaluation.records import Record, read_json
-from jaxmoe.scaling.preflight import DONE_FILE
+from jaxmoe.scaling.preflight import STUDY_FILE, read_done
 from jaxmoe.scaling.report import measurements
 from jaxmoe.scaling.report.errors import ReportError
 from jaxmoe.scaling.report.measurements import lookup
-from jaxmoe.scaling.results import read_records, read_study
+from jaxmoe.scaling.results import read_study, same_configuration, sift_records
 from jaxmoe.training import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -61,10 +61,13 @@ class StudyTables:
       command: what was run, if `study.json` says it; else None.
       slices: the headline first.
       kinds: source name -> knowledge, reasoning, question_answer or text.
+      sentences: knowledge sources in English, whose answers have template words beside the values.
+      foreign: member -> how many of its records are of another configuration, and so left out.
       members: a row per member: name, arm, seed, slices, sizes, settings, status, step, tokens_seen, ...
       results: long: member, arm, seed, step, tokens, evaluation, source, split, metric, value, standard_error (over
-        examples), chance, examples, kind (of accuracy), rank (0 for the split that its source is about: what was seen
-        for knowledge, what is new for everything else), final.
+        examples), chance, examples, beyond (of them, those longer than a row of training), kind (of
+        accuracy), rank (0 for the split that its source is about: what was seen for knowledge, what is new for
+        everything else), final.
       curves: long: member, arm, seed, step, tokens, source ("" for the mixture), loss.
       load: member, arm, seed, layer, rank, share of the assignments, relative (1 = balanced); at the last evaluation.
       interim: None if the comparisons use finished members, else the step at which unfinished ones are compared.
@@ -78,6 +81,8 @@ class StudyTables:
     command: str | None
     slices: tuple[StudySlice, ...]
     kinds: Mapping[str, str]
+    sentences: frozenset[str]
+    foreign: Mapping[str, int]
     members: pd.DataFrame
     results: pd.DataFrame
     curves: pd.DataFrame
@@ -112,16 +117,21 @@ def load_study(study_dir: epath.PathLike) -> StudyTables:
     try:
         study = read_study(directory)
         records: dict[str, list[Record]] = {entry["name"]: [] for entry in study["members"]}
-        for record in read_records(directory):
+        kept, foreign = sift_records(directory)
+        for record in kept:
             records[record["member"]].append(record)
         configs = {name: _config(directory / name / CONFIG_FILE) for name in records}
     except ValueError as error:
         raise ReportError(str(error)) from error
-    logs = {name: measurements.read_logs(directory / name) for name in records}
+    replaced = {name for name in foreign if not records[name]}  # nothing there is of today's configuration
+    configs |= {name: {} for name in replaced}
+    logs = {name: measurements.NO_LOGS if name in replaced else measurements.read_logs(directory / name)
+            for name in records}  # fmt: skip
     if not any(records.values()):
         raise ReportError(
-            f"{directory} has no records yet ({len(records)} members, none evaluated); "
-            "train at least one member with `python -m experiments.run` first."
+            f"{directory} has no records yet ({len(records)} members, none evaluated"
+            + (f"; records of another configuration than {STUDY_FILE} states: {', '.join(foreign)}" * bool(foreign))
+            + "); train at least one member with `python -m experiments.run` first."
         )
     described = _described_slices(study)
     wanted = dict.fromkeys((*SIZES, *SETTINGS, *sorted(entry["x"] for entry in described.values() if entry.get("x"))))
@@ -141,6 +151,8 @@ def load_study(study_dir: epath.PathLike) -> StudyTables:
         command=study.get("command"),
         slices=_slices(described, members),
         kinds=kinds,
+        sentences=_in_sentences(configs),
+        foreign=foreign,
         members=members,
         results=results,
         curves=measurements.curves(members, logs, tuple(kinds)),
@@ -193,6 +205,13 @@ def _source_kinds(configs: Mapping[str, Any], records: Mapping[str, list[Record]
     return kinds
 
 
+def _in_sentences(configs: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(
+        name for config in configs.values() for name, source in lookup(config, "data.sources", {}).items()
+        if source.get("style") == "sentences"
+    )
+
+
 def _identity(
     directory: epath.Path,
     entry: Mapping[str, Any],
@@ -201,7 +220,6 @@ def _identity(
     wanted: tuple[str, ...],
 ) -> dict[str, Any]:
     """A member's name, size, settings and how far it has come."""
-    folder = directory / entry["name"]
     last = max(records, key=lambda record: record["step"], default={})
     row = {"member": entry["name"], "arm": entry["arm"], "seed": entry["seed"],
            "slices": tuple(entry["slices"])}  # fmt: skip
@@ -209,9 +227,11 @@ def _identity(
         values = (entry.get(name), _setting(config, name), last.get(name))
         row[name] = next((value for value in values if value is not None), None)
     started = bool(config) or bool(records)
+    done = read_done(directory / entry["name"])
+    finished = done is not None and same_configuration(entry, done)
     return {
         **row,
-        "status": "finished" if (folder / DONE_FILE).exists() else "unfinished" if started else "not started",
+        "status": "finished" if finished else "unfinished" if started else "not started",
         "steps": lookup(config, "train.steps", entry.get("steps")),
         "step": last.get("step", 0),
         "tokens_seen": last.get("tokens", 0),
