@@ -165,7 +165,7 @@ def test_padding_leaves_real_tokens_alone_and_everything_finite():
     positions = jnp.array([[0, 0, 0, 1, 2, 0, 0]])
 
     def summed(x):
-        y = apply(layer, x, groups=groups, positions=positions)[0]
+        y = layer(x, groups=groups, positions=positions)[0]
         return jnp.sum(y[:, 2:5] ** 2), y
 
     gradient, y = jax.jit(jax.grad(summed, has_aux=True))(x)
