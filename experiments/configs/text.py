@@ -11,7 +11,10 @@ form (`question`, `answer` ending in "#### result") or, with --config.data.sourc
 --config.data.tokenizer and raise --config.model.vocab_size to match. To train on questions alone use the argument
 `text.py:questions`, on documents alone `text.py:documents`.
 
-MEASURED
+Measured on GSM8K's train and test files, with wikitext-2's validation text and tiny Shakespeare as documents, E = 4 and
+16: training loss 2.10 and 2.05 nats per byte, task loss on the test answers 2.90 and 2.85 bits per byte, accuracy of
+generated answers 0, as expected of 1 to 3 million parameters. 6.3 CPU minutes, 10 minutes on 2 cores that had other
+work to do. Rows are 768 bytes, longer than about 9 of 10 questions with their answers; records count the longer ones.
 """
 
 import ml_collections
