@@ -100,7 +100,7 @@ def make_train_step(model: ModelConfig, train: TrainConfig, num_sources: int) ->
     * `loss`: sum of weighted negative log-likelihoods / sum of weights, nats per token, no auxiliary loss in it;
       `source_loss` (sources,): the same of each source, NaN where the batch has none of it.
     * `load_balance`, `router_z`: auxiliary losses without their coefficients; `total_loss`: what is differentiated.
-    * `grad_norm` before clipping, `param_norm` before the update, `learning_rate` of the update.
+    * `grad_norm` before clipping, `param_norm` after the update, `learning_rate` of the update.
     * those of `jaxmoe.layers.load_metrics` if a layer routes.
     * `tokens`: predicted positions without padding; `skipped` and `skipped_in_a_row`, as in `TrainState`.
 
@@ -158,7 +158,7 @@ def _compiled_step(model: ModelConfig, train: TrainConfig, num_sources: int) -> 
             **losses,
             "source_loss": sums.source_nll / sums.source_weight,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(state.params),
+            "param_norm": optax.tree.norm(following.params),
             "learning_rate": schedule(number),
             **({} if sums.router is None else load_metrics(sums.router)),
             "tokens": sums.tokens,
