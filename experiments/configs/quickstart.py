@@ -8,7 +8,7 @@ solutions, a fifth of whose steps are corrupted in training (the test problems a
 
 Measured, E = 2, 8, 64, one seed: recall of biographies 0.24, 0.51, 0.98; training loss 2.99, 2.16, 0.75; new problems
 solved 0.86, 0.99, 0.90, which one seed of this length does not settle (micro_study.py has more steps and seeds). On 2
-quiet cores `make study` takes 2 minutes, the environment included; 3.5 for the run alone on a busy machine.
+quiet cores `make study` takes 2 minutes, the environment included.
 """
 
 import ml_collections
