@@ -108,6 +108,11 @@ def repetitions(config: ModelConfig) -> tuple[Repetition, ...]:
     return tuple(run for run in runs if run.repeats > 0)
 
 
+_UNROLLED_REPEATS = 2
+"""Repeats up to which a stack is compiled without a loop, which would copy each layer's parameters out of the stack
+and its gradients back."""
+
+
 class BlockStack(nnx.Module):
     """The blocks of one `Repetition`; their parameters carry a leading axis of `repeats`."""
 
@@ -151,5 +156,7 @@ class BlockStack(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         start = x, [None] * len(self.blocks) if caches is None else caches
-        (x, updated), statistics = jax.lax.scan(step, start, (state, jnp.arange(self.repeats)))
+        layers = jnp.arange(self.repeats)
+        unroll = self.repeats <= _UNROLLED_REPEATS
+        (x, updated), statistics = jax.lax.scan(step, start, (state, layers), unroll=unroll)
         return x, statistics, None if caches is None else updated
