@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxmoe.config import TrainConfig
@@ -39,15 +41,34 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
 
     Its `update` takes `step=`, the number of this update counted from 1, since the learning rate follows the run's
     steps, also past those that a non-finite loss skipped; Adam's moments and their bias correction follow the
-    updates that were made.
+    updates that were made. With `accept=` false the state stays as it was, and the updates must not be applied.
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(
         clip,
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        _scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         _scale_by_learning_rate(learning_rate_schedule(config)),
     )
+
+
+def _scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformationExtraArgs:
+    """optax's Adam, the direction taken from moments that are already written back.
+
+    Where the direction is computed from the old moments, as XLA otherwise chooses to, donated moments are copied
+    before they are overwritten.
+    """
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
+
+    def update(updates, state, params=None, *, accept=True, **_):
+        del params
+        moved = adam.update(updates, state)[1]
+        state = jax.lax.optimization_barrier(jax.tree.map(functools.partial(jnp.where, accept), moved, state))
+        first = optax.tree.bias_correction(state.mu, beta1, state.count)
+        second = optax.tree.bias_correction(state.nu, beta2, state.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), first, second), state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 class _NoState(NamedTuple):

@@ -138,7 +138,9 @@ def _compiled_step(model: ModelConfig, train: TrainConfig, num_sources: int) -> 
         finite = jnp.isfinite(losses["total_loss"]) & jnp.isfinite(grad_norm)
         with jax.named_scope("update"):
             number = state.step + 1
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, step=number)
+            updates, opt_state = optimizer.update(
+                gradient, state.opt_state, state.params, step=number, accept=finite
+            )
             params = optax.apply_updates(state.params, updates)
 
         def keep_unless_finite(new, old):
@@ -149,7 +151,7 @@ def _compiled_step(model: ModelConfig, train: TrainConfig, num_sources: int) -> 
             state,
             step=number,
             params=keep_unless_finite(params, state.params),
-            opt_state=keep_unless_finite(opt_state, state.opt_state),
+            opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
             recent=keep_unless_finite(_add_recent(state.recent, sums), state.recent),
