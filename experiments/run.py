@@ -49,11 +49,13 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
         raise ConfigError("--json goes with --dry_run.")
 
     from jaxmoe.scaling.runner import run_study
+    from jaxmoe.training import reuse_freed_memory
 
     log_to_terminal()
     workdir = _WORKDIR.value or f"runs/{study.name}"
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
-    outcome = run_study(study, workdir, only=_MEMBER.value, resume=_RESUME.value, command=command)
+    with reuse_freed_memory():  # before JAX starts its threads
+        outcome = run_study(study, workdir, only=_MEMBER.value, resume=_RESUME.value, command=command)
     if outcome.status == "resumable":
         print(f"stopped by a signal; nothing is lost. Run the same command again to go on ({workdir}).")
         return RESUMABLE

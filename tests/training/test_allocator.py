@@ -44,3 +44,13 @@ def test_an_allocator_that_the_user_configured_is_left_alone(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
     with reuse_freed_memory() as in_effect:
         assert not in_effect
+
+
+def test_an_inner_block_does_not_end_an_outer_one(plain_environment):
+    with reuse_freed_memory() as in_effect:
+        if not in_effect:
+            pytest.skip("the C library is not glibc")
+        with reuse_freed_memory():
+            faults_of_a_buffer()
+        assert min(faults_of_a_buffer() for _ in range(3)) < HUGE_PAGES // 4
+    assert min(faults_of_a_buffer() for _ in range(3)) > HUGE_PAGES // 2
