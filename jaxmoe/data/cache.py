@@ -27,6 +27,7 @@ import numpy as np
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.layouts import Documents
 from jaxmoe.data.tokenizers import Tokenizer
+from jaxmoe.storage import is_remote
 
 _FORMAT = 1
 _BLOCK_CHARACTERS = 1 << 20
@@ -187,7 +188,7 @@ def _remove_abandoned(root: str, digest: str) -> None:
 
 def _cache_root(cache_dir: str | os.PathLike | None) -> str:
     path = None if cache_dir is None else os.path.expanduser(os.fspath(cache_dir))
-    if path is not None and "://" in path:
+    if path is not None and is_remote(path):
         _log.info("%s cannot be memory-mapped; tokenized text goes to a temporary folder of this machine.", path)
         path = None
     if path is None:

@@ -6,31 +6,13 @@ import difflib
 import glob
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from etils import epath
 
 from jaxmoe.data.errors import DataError
-
-if TYPE_CHECKING:
-    from etils import epath
+from jaxmoe.storage import as_path, is_remote
 
 _PATTERN_CHARACTERS = "*?["
-
-
-def as_path(path: str | os.PathLike) -> epath.Path:
-    """`path` as an `epath.Path`, `~` expanded.
-
-    Raises:
-      DataError: a remote path whose file system is not installed.
-    """
-    from etils import epath
-
-    text = os.fspath(path)
-    if text.startswith("gs://"):
-        try:
-            import gcsfs  # noqa: F401
-        except ImportError as error:
-            raise DataError(f"{text}: reading gs:// needs `pip install jaxmoe[gcs]` ({error}).") from error
-    return epath.Path(os.path.expanduser(text))
 
 
 def read_bytes(path: str) -> bytes:
@@ -91,7 +73,7 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
 
 def identity(path: str) -> tuple[str, int, int]:
     """(absolute path, bytes, time of change in ns): other content under the same path has another identity."""
-    if "://" in path:
+    if is_remote(path):
         status = as_path(path).stat()
         return path, int(status.length), int(status.mtime or 0) * 10**9
     status = os.stat(path)
@@ -99,7 +81,7 @@ def identity(path: str) -> tuple[str, int, int]:
 
 
 def _matches(pattern: str) -> list[str]:
-    if "://" not in pattern:
+    if not is_remote(pattern):
         found = glob.glob(os.path.expanduser(pattern), recursive=True)
         return sorted(match for match in found if os.path.isfile(match))
     scheme, _, rest = pattern.partition("://")

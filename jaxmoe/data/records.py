@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from jaxmoe.data.errors import DataError
-from jaxmoe.data.files import as_path, require_file
+from jaxmoe.data.files import require_file
+from jaxmoe.storage import as_path, is_remote
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".array_record")
 QUESTION_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
@@ -146,7 +147,7 @@ def _array_records(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]
 
     with contextlib.ExitStack() as stack:
         local = path
-        if "://" in path:
+        if is_remote(path):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxmoe-"))
             local = os.path.join(folder, os.path.basename(path))
             with as_path(path).open("rb") as remote, open(local, "wb") as copy:

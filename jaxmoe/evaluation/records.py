@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import math
-import os
 import platform
 import typing
 import urllib.parse
@@ -22,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from jaxmoe.config import nearest
+from jaxmoe.storage import write_json
 from jaxmoe.version import __version__
 
 Record = dict[str, Any]
@@ -136,32 +135,6 @@ def write_record(directory: epath.PathLike, record: Mapping[str, Any]) -> epath.
 def write_records(directory: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> list[epath.Path]:
     """`write_record` of each."""
     return [write_record(directory, record) for record in records]
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes indented JSON so that a reader, or a kill, never meets half a file. Keys keep their order."""
-    path = epath.Path(path)
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        unfinished.write_text(text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def read_json(path: epath.PathLike) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-      ValueError: it is not JSON; the path is named.
-    """
-    path = epath.Path(path)
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 @functools.cache

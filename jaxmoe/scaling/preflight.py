@@ -13,9 +13,9 @@ from etils import epath
 
 from jaxmoe import accounting
 from jaxmoe.config import ConfigError, config_hash, to_dict
-from jaxmoe.data import Mixture, Tokenizer, load_tokenizer
-from jaxmoe.evaluation.records import read_json
+from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
 from jaxmoe.scaling.study import HEADLINE_SLICE, Member, Study
+from jaxmoe.storage import is_remote, read_json
 from jaxmoe.training import CHECKPOINT_DIRECTORY, DONE_FILE, check_directory
 
 logger = logging.getLogger(__name__)
@@ -111,24 +111,11 @@ def check_data(members: Sequence[Member], cache_dir: str | os.PathLike | None = 
             spec = config.data.tokenizer
             if spec not in tokenizers:
                 tokenizers[spec] = load_tokenizer(spec)
-            size = tokenizers[spec].vocab_size
-            if size > config.model.vocab_size:
-                raise ConfigError(
-                    f"model.vocab_size={config.model.vocab_size} but tokenizer {spec!r} has {size} tokens; "
-                    f"model.vocab_size={size} or more is needed."
-                )
+            require_vocabulary(tokenizers[spec], config.model.vocab_size)
             key = config_hash({"data": to_dict(config.data), "length": config.train.sequence_length})
             if key not in built:
                 built.add(key)
-                Mixture(
-                    config.data,
-                    batch_size=config.train.batch_size,
-                    sequence_length=config.train.sequence_length,
-                    steps=config.train.steps,
-                    seed=member.seed,
-                    tokenizer=tokenizers[spec],
-                    cache_dir=cache_dir,
-                )
+                Mixture.of_run(config, tokenizer=tokenizers[spec], cache_dir=cache_dir)
 
 
 @contextlib.contextmanager
@@ -171,7 +158,7 @@ def checkpoint_bytes(member: Member) -> int:
 
 def _check_space(workdir: epath.Path, members: Sequence[Member]) -> None:
     """Checkpoints that stay and are not there yet, and one more while it is being written."""
-    if "://" in str(workdir) or not members:
+    if is_remote(workdir) or not members:
         return
     kept = sum(
         checkpoint_bytes(member) * max(0, member.config.train.keep_checkpoints - _checkpoints_in(workdir / member.name))

@@ -14,8 +14,9 @@ from etils import epath
 
 from jaxmoe.config import ConfigError
 from jaxmoe.evaluation.evaluate import MIXTURE
-from jaxmoe.evaluation.records import Record, read_json, validate_record
+from jaxmoe.evaluation.records import Record, validate_record
 from jaxmoe.scaling.preflight import STUDY_FILE, read_study_file
+from jaxmoe.storage import as_path, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +47,7 @@ def read_study(study_dir: epath.PathLike) -> dict[str, Any]:
     Raises:
       ConfigError: the folder is not a study's, or its study.json is broken.
     """
-    path = epath.Path(study_dir) / STUDY_FILE
+    path = as_path(study_dir) / STUDY_FILE
     if not path.exists():
         raise ConfigError(f"{study_dir} has no {STUDY_FILE}, so it is not the folder of a study.")
     return read_study_file(path)
@@ -67,7 +68,7 @@ def read_records(study_dir: epath.PathLike) -> list[Record]:
 
 def sift_records(study_dir: epath.PathLike) -> tuple[list[Record], dict[str, int]]:
     """`read_records`, and how many records of another configuration it left out, by member (none: no entry)."""
-    directory = epath.Path(study_dir)
+    directory = as_path(study_dir)
     records, foreign = [], {}
     for member in read_study(directory)["members"]:
         folder = directory / member["name"] / "records"

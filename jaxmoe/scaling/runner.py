@@ -16,15 +16,15 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, write_records
-from jaxmoe.evaluation.records import read_json, write_json
 from jaxmoe.scaling.preflight import STUDY_FILE, Resume, is_done, preflight, read_done, study_file_contents
 from jaxmoe.scaling.study import Member, Study
+from jaxmoe.storage import as_path, is_remote, read_json, write_json
 from jaxmoe.training import (
     DONE_FILE,
     EvaluationContext,
@@ -112,7 +112,7 @@ def run_study(
     Raises:
       ConfigError: known before anything is trained.
     """
-    workdir = epath.Path(workdir)
+    workdir = as_path(workdir)
     members = study.members if only is None else (study.member(only),)
     with StopRequest() as stop:
         return _run_members(study, members, workdir, resume, progress, command, stop)
@@ -128,7 +128,7 @@ def _run_members(
     stop: StopRequest,
 ) -> StudyResult:
     """`run_study` until a stop is requested."""
-    cache_dir = None if "://" in str(workdir) else os.fspath(workdir / CACHE_DIRECTORY)
+    cache_dir = None if is_remote(workdir) else os.fspath(workdir / CACHE_DIRECTORY)
     preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
     write_json(workdir / STUDY_FILE, study_file_contents(study, workdir, command))
     results: list[MemberResult] = []
@@ -179,7 +179,6 @@ def run_member(
     done = read_done(directory)
     if done is not None and done["config_hash"] == config_hash(member.config):
         return MemberResult(member.name, "skipped", done["step"], done["loss"])
-    resumed: dict[str, Any] = {}
     labels = {
         "study": epath.Path(study_dir).name if study_name is None else study_name,
         "arm": member.arm,
@@ -187,8 +186,7 @@ def run_member(
     }
 
     def evaluate(context: EvaluationContext) -> None:
-        resumed.update(_resumed_fields(context))
-        write_records(directory, evaluate_all(context, {**labels, **resumed}))
+        write_records(directory, evaluate_all(context, labels))
 
     result = train(
         member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume, stop=stop
@@ -206,17 +204,10 @@ def run_member(
         "step": result.step,
         "loss": result.loss,
         "config_hash": config_hash(member.config),
-        **resumed,
+        **({} if result.resumed is None else result.resumed.fields()),
     }
     write_json(directory / DONE_FILE, done)
     return MemberResult(member.name, "done", result.step, result.loss)
-
-
-def _resumed_fields(context: EvaluationContext) -> dict[str, Any]:
-    """Fields of the records, and of DONE, of a run that was forced to go on with another configuration."""
-    if context.resumed_from_config is None:
-        return {}
-    return {"resumed_from_config": context.resumed_from_config, "resumed_at_step": context.resumed_at_step}
 
 
 def _attempt(

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxmoe.storage import is_remote, write_text
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -73,8 +75,8 @@ class JsonLines:
         self._path = epath.Path(path)
         kept, whole = _read_lines(self._path, keep_until)
         if not whole:
-            _replace(self._path, "".join(kept))
-        remote = _is_remote(self._path)
+            write_text(self._path, "".join(kept))
+        remote = is_remote(self._path)
         self._lines = kept if remote else []
         self._file = None if remote else pathlib.Path(self._path).open("ab", buffering=0)  # noqa: SIM115
 
@@ -91,7 +93,7 @@ class JsonLines:
     def flush(self) -> None:
         """Returns when every line is on disk."""
         if self._file is None:
-            self._path.write_text("".join(self._lines))
+            write_text(self._path, "".join(self._lines))
         else:
             os.fsync(self._file.fileno())
 
@@ -101,10 +103,6 @@ class JsonLines:
             self.flush()
         elif not self._file.closed:
             self._file.close()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
 
 
 def _read_lines(path: epath.Path, keep_until: int) -> tuple[list[str], bool]:
@@ -122,16 +120,6 @@ def _read_lines(path: epath.Path, keep_until: int) -> tuple[list[str], bool]:
             return kept, False
         kept.append(line)
     return kept, True
-
-
-def _replace(path: epath.Path, text: str) -> None:
-    """Writes a whole file so that a kill leaves the old one or the new one."""
-    unfinished = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        unfinished.write_text(text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class Throughput:
@@ -231,7 +219,7 @@ class MetricsLog:
 
 def _tensorboard_writer(directory: epath.Path, after: int) -> Any:
     """A tensorboardX writer; None, and a line in the log that says why, where there can be none."""
-    if _is_remote(directory):
+    if is_remote(directory):
         logger.info("no TensorBoard files: %s is not a local folder", directory)
         return None
     try:

@@ -1,15 +1,16 @@
-"""A run directory belongs to one configuration."""
+"""A run directory belongs to one configuration, and to the data that it was trained on."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash, to_dict
+from jaxmoe.data import DataError, content_changes
+from jaxmoe.storage import read_json, write_json
 
 CONFIG_FILE = "config.json"
 DONE_FILE = "DONE"
@@ -75,7 +76,44 @@ def claim_directory(directory: epath.PathLike, run: RunConfig) -> None:
     if _stored(directory / CONFIG_FILE) == _as_stored(run):
         return
     (directory / DONE_FILE).unlink(missing_ok=True)
-    _write_json(directory / CONFIG_FILE, to_dict(run))
+    write_json(directory / CONFIG_FILE, to_dict(run))
+
+
+def check_contents(
+    directory: epath.PathLike,
+    run: RunConfig,
+    found: Mapping[str, Any] | None,
+    wanted: Mapping[str, Any],
+    step: int,
+    resume: Resume = "auto",
+) -> None:
+    """Checks that a run goes on with the data that it was trained on; writes nothing.
+
+    Args:
+      directory: of the run.
+      run: the configuration, for which `check_directory` has passed.
+      found: `Mixture.contents` at the newest checkpoint; None if it does not say.
+      wanted: those of now.
+      step: of the checkpoint.
+      resume: `force` accepts other data, unless the run is finished.
+
+    Raises:
+      DataError: the data are others; every source that differs is listed.
+    """
+    changes = [] if found is None else content_changes(found, wanted)
+    finished = step >= run.train.steps
+    if not changes or (resume == "force" and not finished):
+        return
+    advice = (
+        "The run is finished, and would be evaluated on what it was not trained on. Put the old data back, or take "
+        "another folder for the new."
+        if finished else
+        "Put the old data back, give --resume=force to go on with the new (every record then says so), or take "
+        "another folder."
+    )  # fmt: skip
+    listed = [f"  {change}" for change in changes]
+    happened = f"{directory}: until step {step} it was trained on other data than there are now:"
+    raise DataError("\n".join([happened, *listed, advice]))
 
 
 def training_hash(run: RunConfig) -> str:
@@ -102,9 +140,9 @@ def _stored(path: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); restore it, or take another folder.") from error
+        raise ConfigError(f"{error}; restore it, or take another folder.") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is not a configuration but {found!r:.100}; restore it, or take another folder.")
     return found
@@ -140,14 +178,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
     return flat
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-    """Writes a whole file so that a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        unfinished.write_text(json.dumps(value, indent=1) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Records: schema, file names, atomic writes."""
+"""Records: schema, file names."""
 
 import json
 
@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.evaluation import records
-from jaxmoe.evaluation.records import make_record, read_json, record_file, validate_record, write_json, write_record
+from jaxmoe.evaluation.records import make_record, record_file, validate_record, write_record
 
 
 def identity(**changes):
@@ -81,23 +80,3 @@ def test_different_sources_never_share_a_file():
     names = {record_file(identity(source=source)) for source in ("a/b", "a_b", "a b", "a%2Fb", "ab")}
     assert len(names) == 5
     assert not any("/" in name for name in names)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
-    path = tmp_path / "value.json"
-    write_json(path, {"old": 1})
-
-    def failing(self, target):
-        raise OSError("no")
-
-    monkeypatch.setattr(type(records.epath.Path(tmp_path)), "replace", failing)
-    with pytest.raises(OSError, match="no"):
-        write_json(path, {"new": 2})
-    assert read_json(path) == {"old": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["value.json"]
-
-
-def test_a_file_that_is_not_json_is_named(tmp_path):
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ValueError, match=r"x\.json is not JSON"):
-        read_json(tmp_path / "x.json")

@@ -3,7 +3,8 @@
 import subprocess
 import sys
 
-from jaxmoe.evaluation.records import make_record, write_json, write_record
+from jaxmoe.evaluation.records import make_record, write_record
+from jaxmoe.storage import write_json
 
 
 def report(*arguments):

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmoe.evaluation.records import make_record, write_json, write_records
+from jaxmoe.evaluation.records import make_record, write_records
 from jaxmoe.scaling import results_table
 from jaxmoe.scaling.report import ReportError, build_report, comparison, findings, style, tables
+from jaxmoe.storage import write_json
 
 STEPS, TOKENS_PER_STEP = 20, 1000
 CONFIG_HASH = "0123456789abcdef"

@@ -70,7 +70,7 @@ def test_whole_file_is_not_rewritten(tmp_path):
 
 
 def test_where_files_cannot_be_appended_to_they_are_rewritten_at_flush(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_module, "_is_remote", lambda path: True)
+    monkeypatch.setattr(metrics_module, "is_remote", lambda path: True)
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines(10, 20))
     log = JsonLines(path, 10)

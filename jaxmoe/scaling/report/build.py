@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from jaxmoe.config import ConfigError
 from jaxmoe.scaling.report import expert_load, figures, findings, html, members, style, trajectories
 from jaxmoe.scaling.report.comparison import Comparison, compare
+from jaxmoe.scaling.report.errors import ReportError
 from jaxmoe.scaling.report.figures import ReportFigure
 from jaxmoe.scaling.report.tables import StudyTables, load_study
+from jaxmoe.storage import as_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,8 +25,13 @@ MANIFEST = "files.txt"
 
 def write_report(study_dir: epath.PathLike, output: epath.PathLike | None, *, svg: bool) -> epath.Path:
     """`jaxmoe.scaling.report.build_report`."""
-    tables = load_study(study_dir)
-    folder = _Folder(epath.Path(study_dir) / "report" if output is None else epath.Path(output), svg)
+    try:
+        directory = as_path(study_dir)
+        folder = directory / "report" if output is None else as_path(output)
+    except ConfigError as error:
+        raise ReportError(str(error)) from error
+    tables = load_study(directory)
+    folder = _Folder(folder, svg)
     summary, sections = None, []
     for part in tables.slices:
         comparison = compare(tables, part)

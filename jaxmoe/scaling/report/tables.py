@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from jaxmoe.evaluation.records import Record, read_json
+from jaxmoe.evaluation.records import Record
 from jaxmoe.scaling.preflight import STUDY_FILE, read_done
 from jaxmoe.scaling.report import measurements
 from jaxmoe.scaling.report.errors import ReportError
 from jaxmoe.scaling.report.measurements import lookup
 from jaxmoe.scaling.results import read_study, same_configuration, sift_records
+from jaxmoe.storage import read_json
 from jaxmoe.training import CONFIG_FILE
 
 if TYPE_CHECKING:
