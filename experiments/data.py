@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -87,10 +86,11 @@ def train_tokenizer(argv: Sequence[str]) -> None:
     if not _OUTPUT.value.endswith(".json"):
         raise ConfigError(f"--output={_OUTPUT.value}; its name must end in .json.")
 
-    from jaxmoe.data.files import as_path, expand
+    from jaxmoe.data.files import expand
     from jaxmoe.data.records import TEXT_SUFFIXES, RecordErrors
     from jaxmoe.data.text import read_texts
     from jaxmoe.data.tokenizer_files import train_tokenizer as train
+    from jaxmoe.storage import as_path, write_bytes
 
     output = as_path(_OUTPUT.value)
     if output.exists() and not _OVERWRITE.value:
@@ -101,9 +101,7 @@ def train_tokenizer(argv: Sequence[str]) -> None:
     paths = expand(_INPUTS.value, TEXT_SUFFIXES)
     texts = itertools.chain.from_iterable(read_texts(paths, key, errors) for key in _TEXT_KEY.value)
     content = train(texts, _VOCAB_SIZE.value, show_progress=sys.stderr.isatty())
-    draft = output.parent / f".{output.name}.{os.getpid()}"
-    draft.write_bytes(content)
-    draft.replace(output)
+    write_bytes(output, content)
     vocabulary = len(json.loads(content)["model"]["vocab"])
     skipped = f" {errors.total} records were skipped." if errors.total else ""
     fewer = ""
@@ -127,15 +125,10 @@ def _run(config: ml_collections.ConfigDict) -> RunConfig:
 
 
 def _mixture(run: RunConfig):
-    from jaxmoe.data import Mixture, require_vocabulary
+    from jaxmoe.data import Mixture
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    mixture = Mixture(
-        run.data, batch_size=run.train.batch_size, sequence_length=run.train.sequence_length, steps=run.train.steps,
-        seed=run.seed,
-    )
-    require_vocabulary(mixture.tokenizer, run.model.vocab_size)
-    return mixture
+    return Mixture.of_run(run)
 
 
 def _described(row: dict[str, np.ndarray], tokenizer) -> list[str]:

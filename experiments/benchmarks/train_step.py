@@ -142,17 +142,10 @@ def _training_call(config: Any, steps: int) -> Callable[[], None]:
     """A call that takes `steps` optimizer steps of a run and waits for the last, batches included."""
     import jax
 
-    from jaxmoe.data import Mixture, load_tokenizer
+    from jaxmoe.data import Mixture
     from jaxmoe.training import init_state, make_train_step
 
-    mixture = Mixture(
-        config.data,
-        batch_size=config.train.batch_size,
-        sequence_length=config.train.sequence_length,
-        steps=config.train.steps,
-        seed=config.seed,
-        tokenizer=load_tokenizer(config.data.tokenizer),
-    )
+    mixture = Mixture.of_run(config)
     step = make_train_step(config.model, config.train, len(mixture.sources))
     _, state = init_state(config)
     position = 0

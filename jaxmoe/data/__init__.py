@@ -4,7 +4,7 @@ from jaxmoe.data.answers import extract_answer
 from jaxmoe.data.build import build_source
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.layouts import Batch
-from jaxmoe.data.mixture import Mixture, SourceAccount, describe_accounting
+from jaxmoe.data.mixture import Mixture, SourceAccount, content_changes, describe_accounting
 from jaxmoe.data.source import Example, Source
 from jaxmoe.data.tokenizers import Tokenizer, encode_examples, load_tokenizer, require_vocabulary
 
@@ -17,6 +17,7 @@ __all__ = [
     "SourceAccount",
     "Tokenizer",
     "build_source",
+    "content_changes",
     "describe_accounting",
     "encode_examples",
     "extract_answer",

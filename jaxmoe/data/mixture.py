@@ -14,14 +14,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
-from jaxmoe.config import ConfigError, DataConfig
+from jaxmoe.config import ConfigError, DataConfig, RunConfig
 from jaxmoe.data.build import build_source
 from jaxmoe.data.layouts import Batch
 from jaxmoe.data.source import Source
-from jaxmoe.data.tokenizers import Tokenizer, load_tokenizer
+from jaxmoe.data.tokenizers import Tokenizer, load_tokenizer, require_vocabulary
 
 LONGEST_PERIOD = 1 << 16
 
@@ -127,10 +128,13 @@ class Mixture:
 
         Args:
           data: the configuration.
-          batch_size, sequence_length, steps: B, S and how long `iterator` goes on.
+          batch_size: B, over all hosts.
+          sequence_length: S.
+          steps: how long `iterator` goes on.
           seed: the run's.
           tokenizer: None loads `data.tokenizer`.
-          host_index, host_count: this process among those that share each batch.
+          host_index: this process among those that share each batch.
+          host_count: how many they are.
           cache_dir: for tokenized text, where `data.cache_dir` does not say; None: a temporary folder.
 
         Raises:
@@ -156,6 +160,42 @@ class Mixture:
                 raise ConfigError(f"source {source.name!r} has weight={source.config.weight} but no training rows.")
         self._pattern = Pattern([source.config.weight for source in self.sources])
 
+    @classmethod
+    def of_run(
+        cls,
+        run: RunConfig,
+        *,
+        tokenizer: Tokenizer | None = None,
+        host_index: int = 0,
+        host_count: int = 1,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> Mixture:
+        """The batches of a run, whose model must have an embedding for every token.
+
+        Args:
+          run: the configuration.
+          tokenizer: None loads `run.data.tokenizer`.
+          host_index: this process among those that share each batch.
+          host_count: how many they are.
+          cache_dir: as for `Mixture`.
+
+        Raises:
+          ConfigError: the vocabulary is too small, which is known before any data is read, or as for `Mixture`.
+        """
+        tokenizer = load_tokenizer(run.data.tokenizer) if tokenizer is None else tokenizer
+        require_vocabulary(tokenizer, run.model.vocab_size)
+        return cls(
+            run.data,
+            batch_size=run.train.batch_size,
+            sequence_length=run.train.sequence_length,
+            steps=run.train.steps,
+            seed=run.seed,
+            tokenizer=tokenizer,
+            host_index=host_index,
+            host_count=host_count,
+            cache_dir=cache_dir,
+        )
+
     @property
     def source_names(self) -> tuple[str, ...]:
         """Names by the index that a batch's `source` holds."""
@@ -170,6 +210,27 @@ class Mixture:
         shape = [self.batch_size, self.sequence_length, self.seed, self._pattern.counts.tolist()]
         content = [[source.name, source.fingerprint] for source in self.sources]
         return hashlib.sha256(json.dumps([shape, content]).encode()).hexdigest()[:16]
+
+    def contents(self) -> dict[str, Any]:
+        """What the batches are made from, as JSON values to keep with a checkpoint; see `content_changes`.
+
+        Nothing is read for it: text is hashed document by document when it is tokenized, everything else when it is
+        loaded.
+        """
+        return {
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "sources": {
+                source.name: {
+                    "fingerprint": source.fingerprint,
+                    **{
+                        split: {"rows": source.row_count(split), "tokens": source.token_count(split)}
+                        for split in source.splits
+                    },
+                }
+                for source in self.sources
+            },
+        }
 
     def batch(self, step: int) -> Batch:
         """This host's rows of the batch of 0-based global step `step`; hosts hold consecutive parts of it."""
@@ -208,6 +269,32 @@ class Mixture:
         from jaxmoe.data.pipeline import batch_iterator
 
         return batch_iterator(self, start_step)
+
+
+def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How the data of two `Mixture.contents` differ, a line for each difference; empty if they are the same.
+
+    Compared are the tokenizer, and of each source all tokens (of text: a hash of every document, in order). Where
+    files lie and when they were written does not count, nor does anything that a configuration says.
+    """
+    lines = [] if before["tokenizer"] == now["tokenizer"] else ["the tokenizer is another one"]
+    old, new = before["sources"], now["sources"]
+    for name in dict.fromkeys([*old, *new]):
+        if name not in old or name not in new:
+            lines.append(f"source {name!r} was {'not there' if name not in old else 'there, and is not now'}")
+        elif old[name]["fingerprint"] != new[name]["fingerprint"]:
+            splits = [split for split in dict.fromkeys([*old[name], *new[name]]) if split != "fingerprint"]
+            sizes = [
+                f"{split} had {_size(old[name].get(split))}, and has {_size(new[name].get(split))} now"
+                for split in splits
+                if old[name].get(split) != new[name].get(split)
+            ]
+            lines.append(f"source {name!r}: {'; '.join(sizes) or 'as many rows and tokens as before, but other ones'}")
+    return lines
+
+
+def _size(split: Mapping[str, int] | None) -> str:
+    return "nothing" if split is None else f"{split['rows']:,} rows ({split['tokens']:,} tokens)"
 
 
 def describe_accounting(accounts: Mapping[str, SourceAccount]) -> str:

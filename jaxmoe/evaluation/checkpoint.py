@@ -7,7 +7,7 @@ import os
 from etils import epath
 
 from jaxmoe.config import RunConfig
-from jaxmoe.data import Mixture, load_tokenizer
+from jaxmoe.data import Mixture
 from jaxmoe.training import Checkpoints, EvaluationContext, Resumed, evaluation_context, init_state
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 
@@ -28,20 +28,11 @@ def checkpoint_context(
     directory = epath.Path(directory)
     if not (directory / CHECKPOINT_DIRECTORY).exists():
         return None
-    tokenizer = load_tokenizer(run.data.tokenizer)
     graphdef, state = init_state(run)
     with Checkpoints(directory / CHECKPOINT_DIRECTORY, run.train.keep_checkpoints) as checkpoints:
         restored = checkpoints.restore(state)
     if restored is None:
         return None
-    mixture = Mixture(
-        run.data,
-        batch_size=run.train.batch_size,
-        sequence_length=run.train.sequence_length,
-        steps=run.train.steps,
-        seed=run.seed,
-        tokenizer=tokenizer,
-        cache_dir=cache_dir,
-    )
-    resumed = Resumed.of_checkpoint(run, restored.step, restored.metadata)
+    mixture = Mixture.of_run(run, cache_dir=cache_dir)
+    resumed = Resumed.of_checkpoint(run, restored.step, restored.metadata, mixture)
     return evaluation_context(run, directory, graphdef, restored.state, mixture, resumed)

@@ -81,6 +81,7 @@ def run_identity(context: EvaluationContext, labels: Mapping[str, str] | None = 
         "config_hash": config_hash(run),
         **versions(),
         "device": device_description(),
+        **({} if context.resumed is None else context.resumed.fields()),
     }
 
 

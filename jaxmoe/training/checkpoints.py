@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from jaxmoe.storage import is_remote
 from jaxmoe.training.errors import CheckpointError, is_no_space, no_space_left
 from jaxmoe.training.state import TrainState
 from jaxmoe.version import __version__
@@ -61,7 +62,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         directory = epath.Path(directory)
-        self.directory = directory if "://" in str(directory) else directory.absolute()  # Orbax refuses relative ones
+        self.directory = directory if is_remote(directory) else directory.absolute()  # Orbax refuses relative ones
         self._ocp = ocp
         with self._explained():
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from jaxmoe.config import RunConfig, TrainConfig
-from jaxmoe.data import Mixture, Tokenizer
+from jaxmoe.data import Mixture, Tokenizer, content_changes
 from jaxmoe.training.metrics import plain_number
 from jaxmoe.training.state import RecentSums, TrainState
 from jaxmoe.training.workdir import training_hash
@@ -26,23 +26,44 @@ _LONGEST_WINDOW = 100
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """That a run was forced to go on with another configuration to train by.
+    """That a run was last forced to go on with another configuration to train by, or with other data.
 
     Attributes:
-      from_config: hash of the one before.
       at_step: steps done then.
+      from_config: hash of the configuration before; None if it stayed.
+      from_data: `Mixture.fingerprint` of the data before; None if they stayed.
     """
 
-    from_config: str
     at_step: int
+    from_config: str | None = None
+    from_data: str | None = None
 
     @classmethod
-    def of_checkpoint(cls, run: RunConfig, step: int, metadata: Mapping[str, Any]) -> Resumed | None:
-        """What a checkpoint says of it, when `run` goes on from there."""
-        if metadata.get("training_hash", training_hash(run)) != training_hash(run):
-            return cls(metadata["config_hash"], step)
-        before = metadata.get("resumed")
-        return None if before is None else cls(**before)
+    def of_checkpoint(
+        cls, run: RunConfig, step: int, metadata: Mapping[str, Any], mixture: Mixture
+    ) -> Resumed | None:
+        """What a checkpoint says of it, when `run` goes on from there with the batches of `mixture`."""
+        before = metadata["data"].get("contents")
+        other_config = metadata.get("training_hash", training_hash(run)) != training_hash(run)
+        other_data = before is not None and bool(content_changes(before, mixture.contents()))
+        if other_config or other_data:
+            return cls(
+                at_step=step,
+                from_config=metadata["config_hash"] if other_config else None,
+                from_data=before["fingerprint"] if other_data else None,
+            )
+        earlier = metadata.get("resumed")
+        return None if earlier is None else cls(**earlier)
+
+    def __str__(self) -> str:
+        what = {"another configuration": self.from_config, "other data": self.from_data}
+        before = " and ".join(f"{name} ({value})" for name, value in what.items() if value is not None)
+        return f"until step {self.at_step} this run had {before}, and was forced to go on"
+
+    def fields(self) -> dict[str, str | int]:
+        """What records and DONE say of it: `resumed_at_step`, `resumed_from_config`, `resumed_from_data`."""
+        fields = dataclasses.asdict(self)
+        return {f"resumed_{name}": value for name, value in fields.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +82,7 @@ class EvaluationContext:
         layers.
       dropped_fraction: assignments dropped in those steps / assignments made.
       skipped_steps: steps so far, from the first on, whose loss or gradient was not finite.
-      resumed_from_config, resumed_at_step: hash of the configuration that the run had until it was last forced to go
-        on with another one to train by, and the steps done then; None if that never was.
+      resumed: that the run was forced to go on with another configuration or other data; None if it never was.
     """
 
     run: RunConfig
@@ -78,8 +98,7 @@ class EvaluationContext:
     expert_load: Float[np.ndarray, "L E"] | None
     dropped_fraction: float
     skipped_steps: int
-    resumed_from_config: str | None = None
-    resumed_at_step: int | None = None
+    resumed: Resumed | None = None
 
     def model(self) -> nnx.Module:
         """The `Decoder` as it stands now."""
@@ -97,10 +116,12 @@ def evaluation_context(
     """The context of a state, in the loop or read from a checkpoint.
 
     Args:
-      run, directory, mixture: of the run.
-      graphdef, state: of `jaxmoe.training.init_state`; its `recent` sums are those of the last steps if the step is
-        one at which the run is evaluated.
-      resumed: from another configuration, if it was.
+      run: the configuration.
+      directory: of the run.
+      graphdef: of `jaxmoe.training.init_state`.
+      state: its `recent` sums are those of the last steps if the step is one at which the run is evaluated.
+      mixture: of the run.
+      resumed: from another configuration or with other data, if it was.
     """
     step, skipped, recent = jax.device_get((state.step, state.skipped, state.recent))
     counts = recent.expert_count
@@ -118,8 +139,7 @@ def evaluation_context(
         expert_load=None if counts is None else counts / np.maximum(counts.sum(-1, keepdims=True), 1),
         dropped_fraction=0.0 if counts is None else float(recent.dropped / max(counts.sum(), 1)),
         skipped_steps=int(skipped),
-        resumed_from_config=None if resumed is None else resumed.from_config,
-        resumed_at_step=None if resumed is None else resumed.at_step,
+        resumed=resumed,
     )
 
 

@@ -17,7 +17,7 @@ from etils import epath
 
 from jaxmoe.accounting import flops_per_token
 from jaxmoe.config import ConfigError, RunConfig, config_hash
-from jaxmoe.data import Mixture, Tokenizer, load_tokenizer
+from jaxmoe.data import Mixture
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
@@ -27,7 +27,7 @@ from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.state import init_state
 from jaxmoe.training.step import Metrics, make_train_step
-from jaxmoe.training.workdir import Resume, check_directory, claim_directory, training_hash
+from jaxmoe.training.workdir import Resume, check_contents, check_directory, claim_directory, training_hash
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,13 @@ class TrainResult:
       status: `done`, or `resumable` if a signal ended it.
       step: steps done.
       loss: of the last step, nats per token; None if it was not finite or no step was done.
+      resumed: that the run was forced to go on with another configuration or other data; None if it never was.
     """
 
     status: Literal["done", "resumable"]
     step: int
     loss: float | None
+    resumed: Resumed | None = None
 
 
 def train(
@@ -74,27 +76,18 @@ def train(
         the training, and it must bear being called again for the same step, which happens after a kill.
       progress: to report to.
       cache_dir: where tokenized text is kept if the configuration does not say.
-      resume: `force` goes on in a directory of another configuration, unless that run is finished and was trained
-        as something else; config.json is replaced once the checkpoint is known to fit.
+      resume: `force` goes on in a directory of another configuration, or with data that changed since its checkpoint,
+        unless that run is finished and was trained as something else; config.json is replaced once the checkpoint
+        is known to fit.
       stop: asks the run to stop; None: SIGTERM and SIGINT do, while this call lasts.
 
     Raises:
-      ConfigError: the configuration cannot be run, or not in this directory.
+      ConfigError: the configuration cannot be run, or not in this directory, or not with the data as they are now.
       TrainingError: a full disk, no readable checkpoint, or too many non-finite steps in a row.
     """
     directory = epath.Path(directory)
-    tokenizer = load_tokenizer(run.data.tokenizer)
-    _check_vocabulary(run, tokenizer)
     check_directory(directory, run, resume)
-    mixture = Mixture(
-        run.data,
-        batch_size=run.train.batch_size,
-        sequence_length=run.train.sequence_length,
-        steps=run.train.steps,
-        seed=run.seed,
-        tokenizer=tokenizer,
-        cache_dir=cache_dir,
-    )
+    mixture = Mixture.of_run(run, cache_dir=cache_dir)
     with contextlib.ExitStack() as stack:
         if jax.default_backend() == "cpu":
             stack.enter_context(reuse_freed_memory())
@@ -104,14 +97,6 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, keep))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))
         return _Loop(run, directory, mixture, checkpoints, resume, stop, on_evaluate, progress).run_to_end()
-
-
-def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > run.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={run.model.vocab_size} but the tokenizer {run.data.tokenizer!r} has "
-            f"{tokenizer.vocab_size} tokens; model.vocab_size must be at least that."
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +124,7 @@ class _Loop:
     ):
         self._run, self._directory, self._mixture = run, directory, mixture
         self._checkpoints, self._stop, self._on_evaluate, self._progress = checkpoints, stop, on_evaluate, progress
-        self._source_names = [source.name for source in mixture.sources]
+        self._source_names, self._contents = mixture.source_names, mixture.contents()
         self._graphdef, self._state = init_state(run)
         self._step, self._loss, self._resumed, evaluated = 0, None, None, True
         restored = checkpoints.restore(self._state)
@@ -148,12 +133,11 @@ class _Loop:
             self._loss, evaluated = restored.metadata["loss"], restored.metadata["evaluated"]
             self._check_resumable()
             check_directory(directory, run, resume, step=self._step)
-            self._resumed = Resumed.of_checkpoint(run, self._step, restored.metadata)
+            found = restored.metadata["data"].get("contents")
+            check_contents(directory, run, found, self._contents, self._step, resume)
+            self._resumed = Resumed.of_checkpoint(run, self._step, restored.metadata, mixture)
         if self._resumed is not None:
-            logger.warning(
-                "%s: until step %d this run had another configuration, %s, and goes on with %s",
-                run.name, self._resumed.at_step, self._resumed.from_config, config_hash(run),
-            )  # fmt: skip
+            logger.warning("%s: %s", run.name, self._resumed)
         claim_directory(directory, run)
         self._evaluation_due = not evaluated
         self._in_flight: collections.deque[_InFlight] = collections.deque()
@@ -178,7 +162,7 @@ class _Loop:
         if status == "resumable":
             by = self._stop.requested
             logger.info("%s: stopped by %s after step %d; run again to go on", self._run.name, by, self._step)
-        return TrainResult(status=status, step=self._step, loss=self._loss)
+        return TrainResult(status=status, step=self._step, loss=self._loss, resumed=self._resumed)
 
     def _train_on(self) -> None:
         run, steps = self._run, self._run.train.steps
@@ -264,7 +248,7 @@ class _Loop:
                 "resumed": None if self._resumed is None else dataclasses.asdict(self._resumed),
                 "loss": self._loss,
                 "evaluated": not self._evaluation_due,
-                "data": {"iterator": data, "step": self._step, "rows": rows},
+                "data": {"iterator": data, "step": self._step, "rows": rows, "contents": self._contents},
                 "sources": {account.name: {"rows": account.rows, "tokens": account.tokens} for account in accounts},
             },
         )

@@ -11,9 +11,17 @@ import signal
 import numpy as np
 import pytest
 
-from jaxmoe.config import ConfigError, config_hash
-from jaxmoe.data import Mixture
-from jaxmoe.training import CheckpointError, NonFiniteLossError, StopRequest, averaging_window, make_train_step, train
+from jaxmoe.config import ConfigError, TextSource, config_hash
+from jaxmoe.data import DataError, Mixture, content_changes
+from jaxmoe.training import (
+    CheckpointError,
+    NonFiniteLossError,
+    Resumed,
+    StopRequest,
+    averaging_window,
+    make_train_step,
+    train,
+)
 from jaxmoe.training.progress import ProgressReporter
 
 
@@ -79,7 +87,10 @@ def test_what_the_run_directory_holds(undisturbed, tiny_run):
     }  # fmt: skip
     assert sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.is_dir()) == [18, 24]
     about = json.loads((directory / "checkpoints" / "24" / "metadata" / "metadata").read_text())
+    contents = about["data"].pop("contents")
     assert about["data"] == {"iterator": {"next_index": 24}, "step": 24, "rows": 192}
+    assert contents == Mixture.of_run(tiny_run).contents()
+    assert contents["sources"]["reasoning"]["train_clean"]["rows"] == 40
     assert about["evaluated"] is True
     assert sum(source["rows"] for source in about["sources"].values()) == 192
     for line in (directory / "throughput.jsonl").read_text().splitlines():
@@ -264,7 +275,7 @@ def test_a_run_forced_to_another_configuration_says_so_ever_after(tiny_run, repl
         stop, seen = StopRequest(), []
 
         def evaluate(context):
-            seen.append((context.step, context.resumed_from_config, context.resumed_at_step))
+            seen.append((context.step, context.resumed and dataclasses.astuple(context.resumed)))
             if context.step == step:
                 stop.requested = "SIGTERM"
 
@@ -272,9 +283,9 @@ def test_a_run_forced_to_another_configuration_says_so_ever_after(tiny_run, repl
         return seen
 
     other = replace_train(tiny_run, weight_decay=0.5, log_every=4)
-    assert until(8, tiny_run) == [(8, None, None)]
-    assert until(16, other, resume="force") == [(16, config_hash(tiny_run), 8)]
-    assert until(24, other) == [(24, config_hash(tiny_run), 8)]
+    assert until(8, tiny_run) == [(8, None)]
+    assert until(16, other, resume="force") == [(16, (8, config_hash(tiny_run), None))]
+    assert until(24, other) == [(24, (8, config_hash(tiny_run), None))]
 
 
 def test_a_configuration_that_cannot_be_read(tiny_run, tmp_path):
@@ -286,7 +297,7 @@ def test_a_configuration_that_cannot_be_read(tiny_run, tmp_path):
 
 def test_vocabulary_smaller_than_the_tokenizers(tiny_run, tmp_path):
     small = dataclasses.replace(tiny_run, model=dataclasses.replace(tiny_run.model, vocab_size=64))
-    with pytest.raises(ConfigError, match=r"model.vocab_size=64 but the tokenizer 'symbols' has \d+ tokens"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size=64 is smaller than the tokenizer's \d+"):
         train(small, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -294,3 +305,82 @@ def test_vocabulary_smaller_than_the_tokenizers(tiny_run, tmp_path):
 def test_the_step_is_compiled_once(tiny_run, undisturbed):
     """Fresh, resumed and cleared states are alike to the compiler."""
     assert make_train_step(tiny_run.model, tiny_run.train, 2)._cache_size() == 1
+
+
+@pytest.fixture
+def text_run(tiny_run, tmp_path):
+    """A run on a file of ten documents, and the file."""
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document number {i}"}) + "\n" for i in range(10)))
+    sources = {**tiny_run.data.sources, "documents": TextSource(paths=(str(path),), test_fraction=0.0)}
+    data = dataclasses.replace(tiny_run.data, tokenizer="bytes", sources=sources)
+    data.sources["knowledge"] = dataclasses.replace(data.sources["knowledge"], attributes=3)
+    return dataclasses.replace(tiny_run, data=data), path
+
+
+def stopped_at(step, run, directory, **kwargs):
+    """Trains until a signal comes at an evaluation."""
+    stop = StopRequest()
+    evaluator = Evaluator(step, lambda: setattr(stop, "requested", "SIGTERM"))
+    return train(run, directory, on_evaluate=evaluator, stop=stop, **kwargs)
+
+
+def test_data_that_changed_under_the_same_configuration_are_noticed(text_run, tmp_path):
+    """Refused with what changed, nothing touched; back again it goes on; forced it goes on and says so ever after."""
+    run, path = text_run
+    directory, original = tmp_path / "run", path.read_text()
+    stopped_at(8, run, directory)
+    before = Mixture.of_run(run)
+    log = (directory / "metrics.jsonl").read_bytes()
+
+    path.write_text(original.replace("number 3", "number x"))
+    with pytest.raises(DataError) as caught:
+        train(run, directory)
+    assert (
+        f"{directory}: until step 8 it was trained on other data than there are now:\n"
+        "  source 'documents': as many rows and tokens as before, but other ones\n" in str(caught.value)
+    )
+    assert "--resume=force" in str(caught.value)
+    assert (directory / "metrics.jsonl").read_bytes() == log
+
+    path.write_text(original)
+    assert stopped_at(16, run, directory).resumed is None
+
+    path.write_text(original + json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(DataError, match=r"train had 12 rows \(179 tokens\), and has 12 rows \(188 tokens\) now"):
+        train(run, directory)
+    result = train(run, directory, resume="force")
+    assert (result.status, result.resumed) == ("done", Resumed(16, from_data=before.fingerprint))
+    assert result.resumed.fields() == {"resumed_at_step": 16, "resumed_from_data": before.fingerprint}
+    assert train(run, directory).resumed == result.resumed
+
+    path.write_text(original)
+    with pytest.raises(DataError, match="The run is finished"):
+        train(run, directory, resume="force")
+
+
+def test_data_that_only_moved_are_the_same(text_run, tmp_path):
+    """Neither the place of a file nor its time counts, so a run can go on on another machine."""
+    run, path = text_run
+    moved = path.rename(tmp_path / "elsewhere.jsonl")
+    moved.touch()
+    source = dataclasses.replace(run.data.sources["documents"], paths=(str(moved),))
+    other = dataclasses.replace(
+        run, data=dataclasses.replace(run.data, sources={**run.data.sources, "documents": source})
+    )
+    path.write_bytes(moved.read_bytes())
+    assert content_changes(Mixture.of_run(run).contents(), Mixture.of_run(other).contents()) == []
+
+
+def test_every_difference_of_data_is_listed(tiny_run):
+    contents = Mixture.of_run(tiny_run).contents()
+    changed = json.loads(json.dumps(contents))
+    changed["tokenizer"] = "another"
+    changed["sources"]["more"] = changed["sources"].pop("reasoning")
+    changed["sources"]["knowledge"] |= {"fingerprint": "another", "train": {"rows": 41, "tokens": 656}}
+    assert content_changes(contents, changed) == [
+        "the tokenizer is another one",
+        "source 'knowledge': train had 40 rows (640 tokens), and has 41 rows (656 tokens) now",
+        "source 'reasoning' was there, and is not now",
+        "source 'more' was not there",
+    ]
