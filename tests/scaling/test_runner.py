@@ -319,7 +319,7 @@ def test_running_slices_one_after_the_other_adds_to_the_study(copied):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model__vocab_size": 100}, r"member 'first': model\.vocab_size=100 but tokenizer 'symbols' has \d+ tokens"),
+        ({"model__vocab_size": 100}, r"member 'first': model\.vocab_size=100 is smaller than the tokenizer's \d+"),
         ({"train__sequence_length": 8}, r"member 'first': .*sequence_length=\d+ or more is needed"),
         (
             {"members__second__data": {"sources": {"text": {"kind": "text", "weight": 0.0, "paths": ("no/such.txt",)}}},
