@@ -1,6 +1,7 @@
 """Measures speed and memory on the machine at hand.
 
     python -m experiments.benchmark train_step [--json]
+    python -m experiments.benchmark moe [--json] [--device]
 
 Contenders run in one process and take turns; read the ratios, machines are noisy.
 """
@@ -18,9 +19,13 @@ from experiments.flags import fail
 from jaxmoe.config import ConfigError, nearest
 
 _JSON = flags.DEFINE_bool("json", False, "Print the result as JSON.")
+_DEVICE = flags.DEFINE_bool("device", False, "moe: measure the TPU or GPU of this machine, in bfloat16.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each contender.", lower_bound=1)
 
-BENCHMARKS = {"train_step": "training step of the laptop recipe and against transformers on torch, start-up, memory"}
+BENCHMARKS = {
+    "train_step": "training step of the laptop recipe and against transformers on torch, start-up, memory",
+    "moe": "MoE layer against a dense MLP of the same active FLOPs; with --device, utilization of a TPU or GPU",
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,8 +34,14 @@ def main(arguments: Sequence[str]) -> int:
     if name not in BENCHMARKS:
         listed = "\n".join(f"  {known}: {what}" for known, what in BENCHMARKS.items())
         fail(ConfigError(f"no benchmark {name!r}.{nearest(name, BENCHMARKS)}\nBenchmarks:\n{listed}"))
+    if _DEVICE.value and name != "moe":
+        fail(ConfigError(f"--device is of the benchmark moe; {name} has no such flag."))
     module = importlib.import_module(f"experiments.benchmarks.{name}")
-    result = module.run(rounds=_ROUNDS.value)
+    options = {"device": True} if _DEVICE.value else {}
+    try:
+        result = module.run(rounds=_ROUNDS.value, **options)
+    except ConfigError as error:
+        fail(error)
     print(json.dumps(result, indent=2) if _JSON.value else module.describe(result))
     return 0
 

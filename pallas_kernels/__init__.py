@@ -11,6 +11,7 @@ Axis letters: T tokens, D width, F expert hidden width, E experts, K experts per
 from pallas_kernels.backend import BACKENDS, resolved_backend
 from pallas_kernels.combine.api import combine
 from pallas_kernels.dispatch.api import dispatch
+from pallas_kernels.execution import compiling_for, interpreted
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.moe_mlp.api import moe_mlp
 from pallas_kernels.plan import Plan, make_plan
@@ -19,8 +20,10 @@ __all__ = [
     "BACKENDS",
     "Plan",
     "combine",
+    "compiling_for",
     "dispatch",
     "grouped_matmul",
+    "interpreted",
     "make_plan",
     "moe_mlp",
     "resolved_backend",

@@ -1,12 +1,17 @@
 """Which implementation runs: named explicitly, or chosen once by platform."""
 
 import functools
+import importlib
 import logging
+import types
 
-import jax
+from pallas_kernels import execution
 
-BACKENDS = ("reference", "cpu", "ragged_dot")
-"""`reference`: the definitions, dense over E; `cpu`: windows and blocks; `ragged_dot`: `jax.lax.ragged_dot`."""
+BACKENDS = ("reference", "cpu", "tpu", "ragged_dot")
+"""`reference`: the definitions, dense over E; `cpu`: windows and blocks in XLA; `tpu`: Pallas kernels;
+`ragged_dot`: `jax.lax.ragged_dot`."""
+
+_KERNEL_MODULES = {"tpu": "mosaic_tpu"}
 
 _logger = logging.getLogger(__name__)
 
@@ -15,14 +20,14 @@ def resolved_backend(backend: str = "auto") -> str:
     """The backend that a call with this argument runs.
 
     Args:
-      backend: one of `BACKENDS`, or `auto`: `cpu` where `jax.default_backend()` is the CPU, else `ragged_dot`.
-        The choice is made and logged once per platform.
+      backend: one of `BACKENDS`, or `auto`: `cpu` or `tpu` where that is the platform (`jax.default_backend()`, or
+        that of the chip of `compiling_for`), else `ragged_dot`. The choice is made and logged once per platform.
 
     Raises:
       ValueError: an unknown name.
     """
     if backend == "auto":
-        return _backend_of_platform(jax.default_backend())
+        return _backend_of_platform(execution.platform())
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
     return backend
@@ -30,12 +35,17 @@ def resolved_backend(backend: str = "auto") -> str:
 
 @functools.cache
 def _backend_of_platform(platform: str) -> str:
-    if platform == "cpu":
-        _logger.info("backend 'auto' is 'cpu' on platform %r", platform)
-        return "cpu"
+    if platform in ("cpu", "tpu"):
+        _logger.info("backend 'auto' is %r on platform %r", platform, platform)
+        return platform
     _logger.warning(
         "backend 'auto' is 'ragged_dot' on platform %r: its weight gradient is a dense expansion over all experts "
         "(E times the work), until the Pallas kernels of this platform are in",
         platform,
     )
     return "ragged_dot"
+
+
+def kernels(operation: str, target: execution.Target) -> types.ModuleType:
+    """The module with an operation's Pallas kernels; imported when first needed, for Pallas is slow to import."""
+    return importlib.import_module(f"pallas_kernels.{operation}.{_KERNEL_MODULES[target.backend]}")

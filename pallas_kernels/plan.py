@@ -53,6 +53,11 @@ class Plan:
         return self.inverse.shape[0]
 
     @property
+    def token(self) -> jax.Array:
+        """(N,) int32, the token at each row."""
+        return jax.lax.div(self.order, jnp.int32(self.experts_per_token))
+
+    @property
     def num_rows(self) -> int:
         """N = T·K, the rows of no expert included."""
         return self.order.shape[0]

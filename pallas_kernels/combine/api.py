@@ -1,15 +1,19 @@
 """Combine: (N, D) rows back to (T, D) tokens, weighted by the gate."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.backend import resolved_backend
 from pallas_kernels.checks import require, require_float, require_rank
-from pallas_kernels.dispatch.api import sum_rows
+from pallas_kernels.dispatch.api import gather_tokens, sum_rows
+from pallas_kernels.execution import Target, target_of
 from pallas_kernels.gather import take
 from pallas_kernels.plan import Plan
 
 
-def combine(rows: jax.Array, plan: Plan, gate: jax.Array) -> jax.Array:
+def combine(rows: jax.Array, plan: Plan, gate: jax.Array, *, backend: str = "auto") -> jax.Array:
     """Sums each token's K rows, weighted by its gate.
 
     Gathers forward and backward; the sum over K and the gate's gradient are taken in float32.
@@ -18,12 +22,13 @@ def combine(rows: jax.Array, plan: Plan, gate: jax.Array) -> jax.Array:
       rows: (N, D) float32 or bfloat16, in the plan's order.
       plan: of T tokens.
       gate: (T, K) float32 or bfloat16; its entries for choices of no expert are not read.
+      backend: `auto` or one of `BACKENDS`; all but the Pallas ones are K gathers in XLA.
 
     Returns:
       (T, D) in the dtype of `rows`; zero for a token that no expert took.
 
     Raises:
-      ValueError: rows or gate do not fit the plan, or have another dtype.
+      ValueError: rows or gate do not fit the plan, or have another dtype; or a backend that cannot run here.
     """
     require_rank("rows", rows, "N D")
     require_float(rows=rows, gate=gate)
@@ -35,24 +40,27 @@ def combine(rows: jax.Array, plan: Plan, gate: jax.Array) -> jax.Array:
         gate.shape == plan.inverse.shape,
         f"gate has shape {tuple(gate.shape)}; (T, K) = {tuple(plan.inverse.shape)} of the plan is expected.",
     )
+    target = target_of(resolved_backend(backend))
+    if plan.num_tokens == 0:
+        return jnp.zeros((0, rows.shape[1]), rows.dtype)
     with jax.named_scope("combine"):
-        return _combine(rows, plan, gate)
+        return _combine(target, rows, plan, gate)
 
 
-@jax.custom_vjp
-def _combine(rows: jax.Array, plan: Plan, gate: jax.Array) -> jax.Array:
-    return sum_rows(rows, plan, gate)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(target: Target, rows: jax.Array, plan: Plan, gate: jax.Array) -> jax.Array:
+    return sum_rows(rows, plan, gate, target)
 
 
-def _combine_forward(rows, plan, gate):
-    return sum_rows(rows, plan, gate), (rows, plan, gate)
+def _combine_forward(target, rows, plan, gate):
+    return sum_rows(rows, plan, gate, target), (rows, plan, gate)
 
 
-def _combine_backward(residuals, y_gradient):
+def _combine_backward(target, residuals, y_gradient):
     rows, plan, gate = residuals
     routed_rows = jnp.arange(plan.num_rows) < plan.group_offsets[-1]
     row_gate = take(gate.reshape(-1), plan.order).astype(jnp.float32)
-    y_rows = take(y_gradient, plan.order // plan.experts_per_token).astype(jnp.float32)
+    y_rows = gather_tokens(y_gradient, plan, target).astype(jnp.float32)
     rows_gradient = jnp.where(routed_rows[:, None], row_gate[:, None] * y_rows, 0).astype(rows.dtype)
     row_products = jnp.sum(rows.astype(jnp.float32) * y_rows, axis=1)
     routed = plan.inverse < plan.group_offsets[-1]

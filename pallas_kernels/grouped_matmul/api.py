@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.backend import resolved_backend
+from pallas_kernels.backend import kernels, resolved_backend
 from pallas_kernels.checks import require, require_float, require_rank, require_same_dtype
+from pallas_kernels.execution import PLATFORMS, Target, target_of
 from pallas_kernels.grouped_matmul import ragged_dot, reference, xla_cpu
 
-_IMPLEMENTATIONS = {"cpu": xla_cpu, "ragged_dot": ragged_dot}
+_XLA = {"cpu": xla_cpu, "ragged_dot": ragged_dot}
 
 
 def grouped_matmul(
@@ -34,18 +35,18 @@ def grouped_matmul(
       (N, F) in the dtype of `rows`, summed in float32. Rows past the groups are zero, and so are their gradients.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, an unknown backend, or, where the values are known (outside
+      ValueError: shapes or dtypes that do not fit, an unknown backend or one that cannot run here, or, where the values are known (outside
         jit), negative sizes or a sum above N.
     """
-    backend = resolved_backend(backend)
+    target = target_of(resolved_backend(backend))
     _check(rows, weights, group_sizes, transpose_weights)
     if rows.shape[0] == 0:
         return jnp.zeros((0, weights.shape[1 if transpose_weights else 2]), rows.dtype)
     with jax.named_scope("grouped_matmul"):
-        if backend == "reference":
+        if target.backend == "reference":
             matrices = weights.swapaxes(1, 2) if transpose_weights else weights
             return reference.grouped_matmul(rows, matrices, group_sizes)
-        return _grouped_matmul(backend, transpose_weights, rows, weights, group_sizes.astype(jnp.int32))
+        return _grouped_matmul(target, transpose_weights, rows, weights, group_sizes.astype(jnp.int32))
 
 
 def _check(rows, weights, group_sizes, transpose_weights):
@@ -78,21 +79,37 @@ def _check(rows, weights, group_sizes, transpose_weights):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_matmul(backend, transpose_weights, rows, weights, group_sizes):
-    return _IMPLEMENTATIONS[backend].product(rows, weights, group_sizes, transpose_weights)
+def _grouped_matmul(target, transpose_weights, rows, weights, group_sizes):
+    return product(rows, weights, group_sizes, transpose_weights, target)
 
 
-def _forward(backend, transpose_weights, rows, weights, group_sizes):
-    return _grouped_matmul(backend, transpose_weights, rows, weights, group_sizes), (rows, weights, group_sizes)
+def _forward(target, transpose_weights, rows, weights, group_sizes):
+    return product(rows, weights, group_sizes, transpose_weights, target), (rows, weights, group_sizes)
 
 
-def _backward(backend, transpose_weights, residuals, out_gradient):
+def _backward(target, transpose_weights, residuals, out_gradient):
     rows, weights, group_sizes = residuals
-    implementation = _IMPLEMENTATIONS[backend]
-    rows_gradient = implementation.product(out_gradient, weights, group_sizes, not transpose_weights)
+    rows_gradient = product(out_gradient, weights, group_sizes, not transpose_weights, target)
     operands = (out_gradient, rows) if transpose_weights else (rows, out_gradient)
-    weights_gradient = implementation.weight_gradient(*operands, group_sizes).astype(weights.dtype)
+    weights_gradient = weight_gradient(*operands, group_sizes, target).astype(weights.dtype)
     return rows_gradient, weights_gradient, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
+
+
+def product(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transpose_weights: bool, target: Target
+) -> jax.Array:
+    """(N, D) x (E, D, F) to (N, F) by the target's backend; with `transpose_weights` the weights are (E, F, D)."""
+    if target.backend in PLATFORMS:
+        module = kernels("grouped_matmul", target)
+        return module.product(rows, weights, group_sizes, transpose_weights, target)
+    return _XLA[target.backend].product(rows, weights, group_sizes, transpose_weights)
+
+
+def weight_gradient(rows: jax.Array, out_gradient: jax.Array, group_sizes: jax.Array, target: Target) -> jax.Array:
+    """(N, D), (N, F) to (E, D, F) by the target's backend, summed in float32."""
+    if target.backend in PLATFORMS:
+        return kernels("grouped_matmul", target).weight_gradient(rows, out_gradient, group_sizes, target)
+    return _XLA[target.backend].weight_gradient(rows, out_gradient, group_sizes)

@@ -7,8 +7,9 @@ from pallas_kernels.backend import resolved_backend
 from pallas_kernels.checks import require, require_float, require_rank, require_same_dtype
 from pallas_kernels.combine.api import combine
 from pallas_kernels.dispatch.api import dispatch
+from pallas_kernels.execution import PLATFORMS, target_of
 from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.moe_mlp import reference, xla_cpu
+from pallas_kernels.moe_mlp import kernels, reference, xla_cpu
 from pallas_kernels.plan import Plan, make_plan
 
 
@@ -22,6 +23,7 @@ def moe_mlp(
     mask: jax.Array | None = None,
     capacity: int | None = None,
     plan: Plan | None = None,
+    recompute: bool = False,
     backend: str = "auto",
 ) -> jax.Array:
     r"""$y_t = \sum_j gate_{tj} W^{down}_{e} (\mathrm{SiLU}(x_t W^{gate}_{e}) \odot x_t W^{up}_{e})$, $e = index_{tj}$.
@@ -39,6 +41,8 @@ def moe_mlp(
       capacity: the most rows one expert takes, later tokens dropped; None is dropless.
       plan: of `make_plan` for the same index, if it is there already; then without mask and capacity, which it
         holds.
+      recompute: keep nothing but the inputs for the backward pass, which computes the up product again
+        (backends `cpu` and `tpu`; the others keep what autodiff keeps).
       backend: `auto` or one of `BACKENDS`.
 
     Returns:
@@ -47,7 +51,8 @@ def moe_mlp(
     Raises:
       ValueError: shapes, dtypes, indices or a backend that do not fit; the message names value and limit.
     """
-    backend = resolved_backend(backend)
+    target = target_of(resolved_backend(backend))
+    backend = target.backend
     expert_index = jnp.asarray(expert_index)
     _check(x, expert_index, gate, w_gate_up, w_down)
     num_experts = w_gate_up.shape[0]
@@ -66,11 +71,13 @@ def moe_mlp(
         if backend == "reference":
             return reference.moe_mlp(x, plan, gate, w_gate_up, w_down)
         if backend == "cpu":
-            return xla_cpu.moe_mlp(x, plan, gate, w_gate_up, w_down)
-        hidden = grouped_matmul(dispatch(x, plan), w_gate_up, plan.group_sizes, backend=backend)
+            return xla_cpu.moe_mlp(recompute, x, plan, gate, w_gate_up, w_down)
+        if backend in PLATFORMS:
+            return kernels.moe_mlp(target, recompute, x, plan, gate, w_gate_up, w_down)
+        hidden = grouped_matmul(dispatch(x, plan, backend=backend), w_gate_up, plan.group_sizes, backend=backend)
         gated, up = jnp.split(hidden, 2, axis=1)
         rows = grouped_matmul(jax.nn.silu(gated) * up, w_down, plan.group_sizes, backend=backend)
-        return combine(rows, plan, gate)
+        return combine(rows, plan, gate, backend=backend)
 
 
 def _check(x, expert_index, gate, w_gate_up, w_down):

@@ -5,6 +5,8 @@ of the blocks is computed again. The gate's gradient comes from the hidden width
 experts' outputs are not kept. All gathers, no scatter.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -65,13 +67,19 @@ def _experts_backward(x_rows, y_gradient, gate, hidden, w_gate_up, w_down):
     return x_gradient, gate_gradient, w_gate_up_gradient, w_down_gradient
 
 
-@jax.custom_vjp
-def moe_mlp(x: jax.Array, plan: Plan, gate: jax.Array, w_gate_up: jax.Array, w_down: jax.Array) -> jax.Array:
-    """As `pallas_kernels.moe_mlp`, for a plan."""
-    return _forward(x, plan, gate, w_gate_up, w_down)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def moe_mlp(
+    recompute: bool, x: jax.Array, plan: Plan, gate: jax.Array, w_gate_up: jax.Array, w_down: jax.Array
+) -> jax.Array:
+    """As `pallas_kernels.moe_mlp`, for a plan.
+
+    Args:
+      recompute: compute the up product again in the backward pass instead of keeping it.
+    """
+    return _forward(recompute, x, plan, gate, w_gate_up, w_down)[0]
 
 
-def _forward(x, plan, gate, w_gate_up, w_down):
+def _forward(recompute, x, plan, gate, w_gate_up, w_down):
     layout = _layout(plan, w_down)
     rows = layout.windows()
     hidden, window_out = _experts(take_valid(x, _tokens(plan, rows)[1], rows.valid), w_gate_up, w_down)
@@ -85,10 +93,10 @@ def _forward(x, plan, gate, w_gate_up, w_down):
     slots = layout.slots(plan.inverse, plan.expert)
     weight = jnp.where(slots.in_window | slots.in_block, gate, 0).astype(jnp.float32)
     y = sum(weight[:, j, None] * collect(window_out, block_out, slots.choice(j)) for j in range(plan.experts_per_token))
-    return y.astype(x.dtype), (x, plan, gate, w_gate_up, w_down, hidden)
+    return y.astype(x.dtype), (x, plan, gate, w_gate_up, w_down, None if recompute else hidden)
 
 
-def _backward(residuals, y_gradient):
+def _backward(recompute, residuals, y_gradient):
     x, plan, gate, w_gate_up, w_down, hidden = residuals
     layout = _layout(plan, w_down)
     flat_gate = gate.astype(jnp.float32).reshape(-1)
@@ -101,7 +109,10 @@ def _backward(residuals, y_gradient):
             take_valid(flat_gate, assignment, rows.valid),
         )
 
-    window_x, window_gate, *weight_gradients = _experts_backward(*gathered(layout.windows()), hidden, w_gate_up, w_down)
+    window_rows = gathered(layout.windows())
+    if recompute:
+        hidden = _einsum("ecd,edf->ecf", window_rows[0], w_gate_up).astype(x.dtype)
+    window_x, window_gate, *weight_gradients = _experts_backward(*window_rows, hidden, w_gate_up, w_down)
 
     def overflow(expert, rows, slot, carry):
         block_x, block_gate, weight_gradients = carry

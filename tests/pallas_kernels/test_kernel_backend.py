@@ -1,11 +1,13 @@
 """The backend is chosen once per platform, says so, and can be asked for."""
 
+import contextvars
 import logging
 
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import backend as backend_module
-from pallas_kernels import resolved_backend
+from pallas_kernels import compiling_for, execution, grouped_matmul, resolved_backend
 
 
 @pytest.fixture(autouse=True)
@@ -20,16 +22,17 @@ def test_a_named_backend_is_itself(backend):
     assert resolved_backend(backend) == backend
 
 
-def test_auto_on_cpu_is_cpu_and_logged_once(monkeypatch, caplog):
-    monkeypatch.setattr(backend_module.jax, "default_backend", lambda: "cpu")
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_auto_is_the_platforms_own_and_logged_once(platform, monkeypatch, caplog):
+    monkeypatch.setattr(execution.jax, "default_backend", lambda: platform)
     with caplog.at_level(logging.INFO, "pallas_kernels"):
-        assert [resolved_backend(), resolved_backend("auto")] == ["cpu", "cpu"]
+        assert [resolved_backend(), resolved_backend("auto")] == [platform, platform]
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_auto_on_accelerators_warns_once_of_the_dense_weight_gradient(platform, monkeypatch, caplog):
-    monkeypatch.setattr(backend_module.jax, "default_backend", lambda: platform)
+@pytest.mark.parametrize("platform", ["gpu", "rocm"])
+def test_auto_elsewhere_warns_once_of_the_dense_weight_gradient(platform, monkeypatch, caplog):
+    monkeypatch.setattr(execution.jax, "default_backend", lambda: platform)
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         assert [resolved_backend(), resolved_backend()] == ["ragged_dot", "ragged_dot"]
     (record,) = caplog.records
@@ -38,5 +41,25 @@ def test_auto_on_accelerators_warns_once_of_the_dense_weight_gradient(platform, 
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="backend='fast'; choose 'auto' or one of 'reference', 'cpu', 'ragged_dot'"):
+    with pytest.raises(ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'tpu', 'ragged_dot'"):
         resolved_backend("fast")
+
+
+def test_a_backend_on_another_platform_is_refused_with_what_would_work():
+    rows, weights, sizes = jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.array([4, 4])
+
+    def outside_the_interpreter():
+        with pytest.raises(ValueError, match="runs on TPU but the platform is 'cpu'; choose backend='auto'"):
+            grouped_matmul(rows, weights, sizes, backend="tpu")
+
+    contextvars.Context().run(outside_the_interpreter)
+
+
+def test_auto_is_resolved_for_the_chip_that_is_compiled_for():
+    with compiling_for("v5p"):
+        assert resolved_backend() == "tpu"
+
+
+def test_an_unknown_chip_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="chip='v9'; choose one of v5e, v5p, v6e, tpu7x, h100"), compiling_for("v9"):
+        pass

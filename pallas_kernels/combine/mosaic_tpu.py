@@ -1,0 +1,102 @@
+"""`combine` on TPU: the K rows of each token are copied from HBM to VMEM and summed there.
+
+T tokens, K experts per token, D width, N rows, M tokens per block, L = D/128.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import mosaic
+from pallas_kernels.execution import Target
+from pallas_kernels.visits import tiles_of
+
+
+def tokens_per_block(experts_per_token: int, width: int, itemsize: int) -> int:
+    """M: 256 tokens, fewer (at least 16) where two buffers of their K rows would fill half of VMEM."""
+    block = 256
+    while block > 16 and 2 * experts_per_token * block * width * itemsize > mosaic.VMEM_BUDGET // 2:
+        block //= 2
+    return block
+
+
+def _kernel(num_routed, index, next_index, inverse, *arguments, experts_per_token, width, weighted):
+    gate, rows, out, buffer, semaphore = arguments if weighted else (None, *arguments)
+    block, size = pl.program_id(0), out.shape[0]
+    fetcher = mosaic.RowFetcher(rows, buffer, semaphore)
+    slot = jax.lax.rem(block, 2)
+
+    @pl.when(block == 0)
+    def _():
+        fetcher.start(index, slot)
+
+    @pl.when(block + 1 < pl.num_programs(0))
+    def _():
+        fetcher.start(next_index, 1 - slot)
+
+    fetcher.wait(slot)
+    total = jnp.zeros(out.shape, jnp.float32)
+    for j in range(experts_per_token):
+        taken = mosaic.from_lanes(buffer[slot, j * size : (j + 1) * size], width).astype(jnp.float32)
+        if weighted:
+            taken = taken * gate[:, j : j + 1]
+        row = jnp.broadcast_to(inverse[:, j : j + 1], taken.shape)
+        total += jnp.where(row < num_routed[0], taken, 0)
+    out[...] = total.astype(out.dtype)
+
+
+def sum_rows(
+    rows: jax.Array, inverse: jax.Array, num_routed: jax.Array, gate: jax.Array | None, target: Target
+) -> jax.Array:
+    """Each token's K rows, times its gate where there is one, summed in float32.
+
+    Args:
+      rows: (N, D), or (N, L, 128) where its kernel wrote it so, which saves a copy.
+      inverse: (T, K) int32 in [0, N); a row at or past num_routed counts nothing.
+      num_routed: () int32.
+      gate: (T, K) or None.
+      target: of backend `tpu`.
+
+    Returns:
+      (T, D) in the dtype of rows.
+    """
+    tokens, k = inverse.shape
+    lanes = rows if rows.ndim == 3 else mosaic.as_lanes(rows)
+    width = rows.shape[1] if rows.ndim == 2 else rows.shape[1] * rows.shape[2]
+    block = tokens_per_block(k, width, rows.dtype.itemsize)
+    blocks = tiles_of(tokens, block)
+    # The order of the copies: a block's first choices, then its second ones, and so on.
+    index = jnp.pad(inverse, ((0, blocks * block - tokens), (0, 0)))
+    index = index.reshape(blocks, block, k).swapaxes(1, 2).reshape(blocks, block * k)
+    stride = max(mosaic.LANES, 1 << (block * k - 1).bit_length())  # what a block in scalar memory may measure
+    index = jnp.pad(index, ((0, 0), (0, stride - block * k))).reshape(-1)
+    per_token = pl.BlockSpec((block, k), lambda i, _: (i, 0))
+    weighted = gate is not None
+    return pl.pallas_call(
+        functools.partial(_kernel, experts_per_token=k, width=width, weighted=weighted),
+        out_shape=jax.ShapeDtypeStruct((tokens, width), rows.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(blocks,),
+            in_specs=[
+                mosaic.index_block(stride, lambda i, _: (i,)),
+                mosaic.index_block(stride, lambda i, _: (jnp.minimum(i + 1, blocks - 1),)),
+                per_token,
+                *([per_token] if weighted else []),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=pl.BlockSpec((block, width), lambda i, _: (i, 0)),
+            scratch_shapes=[pltpu.VMEM((2, block * k, *lanes.shape[1:]), rows.dtype), pltpu.SemaphoreType.DMA((2,))],
+        ),
+        compiler_params=mosaic.compiler_params("arbitrary"),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * tokens * k * width,
+            transcendentals=0,
+            bytes_accessed=(tokens * k + tokens) * width * rows.dtype.itemsize + 8 * tokens * k,
+        ),
+        interpret=mosaic.interpret_of(target),
+        name="combine_tpu",
+    )(num_routed.reshape(1), index, index, inverse, *([gate.astype(jnp.float32)] if weighted else []), lanes)

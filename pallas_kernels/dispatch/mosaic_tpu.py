@@ -1,0 +1,85 @@
+"""`dispatch` on TPU: each row is one copy from HBM to VMEM, a block of rows at a time.
+
+While a block is laid out and written, the next one's copies are in flight.
+
+T tokens, D width, N rows, M rows per block, L = D/128.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import mosaic
+from pallas_kernels.execution import Target
+from pallas_kernels.visits import tiles_of
+
+
+def rows_per_block(num_rows: int, width: int, itemsize: int) -> int:
+    """M: 256 rows, fewer where three buffers of them would fill VMEM."""
+    block = 256
+    while block > 128 and 6 * block * width * itemsize > mosaic.VMEM_BUDGET:
+        block //= 2
+    return block
+
+
+def _kernel(num_routed, index, next_index, x, out, buffer, semaphore, *, width):
+    block = pl.program_id(0)
+    fetcher = mosaic.RowFetcher(x, buffer, semaphore)
+    slot = jax.lax.rem(block, 2)
+
+    @pl.when(block == 0)
+    def _():
+        fetcher.start(index, slot)
+
+    @pl.when(block + 1 < pl.num_programs(0))
+    def _():
+        fetcher.start(next_index, 1 - slot)
+
+    fetcher.wait(slot)
+    rows = mosaic.from_lanes(buffer[slot], width)
+    first = block * buffer.shape[1]
+    row = first + jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0)
+    out[...] = jnp.where(row < num_routed[0], rows.astype(jnp.float32), 0).astype(out.dtype)
+
+
+def gather_tokens(x: jax.Array, token: jax.Array, num_routed: jax.Array, target: Target) -> jax.Array:
+    """Row n is x[token[n]], zero from num_routed on.
+
+    Args:
+      x: (T, D).
+      token: (N,) int32 in [0, T).
+      num_routed: () int32.
+      target: of backend `tpu`.
+
+    Returns:
+      (N, D) in the dtype of x.
+    """
+    num_rows, width = token.shape[0], x.shape[1]
+    lanes = mosaic.as_lanes(x)
+    block = rows_per_block(num_rows, width, x.dtype.itemsize)
+    blocks = tiles_of(num_rows, block)
+    token = mosaic.pad_to(token, blocks * block)
+    return pl.pallas_call(
+        functools.partial(_kernel, width=width),
+        out_shape=jax.ShapeDtypeStruct((num_rows, width), x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(blocks,),
+            in_specs=[
+                mosaic.index_block(block, lambda i, _: (i,)),
+                mosaic.index_block(block, lambda i, _: (jnp.minimum(i + 1, blocks - 1),)),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=pl.BlockSpec((block, width), lambda i, _: (i, 0)),
+            scratch_shapes=[pltpu.VMEM((2, block, *lanes.shape[1:]), x.dtype), pltpu.SemaphoreType.DMA((2,))],
+        ),
+        compiler_params=mosaic.compiler_params("arbitrary"),
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=2 * num_rows * width * x.dtype.itemsize + 4 * num_rows
+        ),
+        interpret=mosaic.interpret_of(target),
+        name="dispatch_tpu",
+    )(num_routed.reshape(1), token, token, lanes)

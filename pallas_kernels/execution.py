@@ -1,0 +1,112 @@
+"""What a kernel is traced for: the device at hand, another chip (ahead of time), or an interpreter.
+
+A `Target` is settled once, when a public operation is called, and travels as a static argument into its backward
+pass, which may be traced later and elsewhere.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+
+TPU_CHIPS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+"""Device kinds as JAX names them, to the names that the tile table uses."""
+
+CHIPS = {"v5e": "tpu", "v5p": "tpu", "v6e": "tpu", "tpu7x": "tpu", "h100": "gpu"}
+"""Chips that kernels can be compiled for without having one, and their backends."""
+
+PLATFORMS = {"tpu": ("tpu",)}
+"""Backends made of Pallas kernels, and the platforms that run them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a traced operation will run.
+
+    Attributes:
+      backend: one of `pallas_kernels.BACKENDS`.
+      chip: name in the tile table; None where no kernel is compiled.
+      interpret: run Pallas kernels in an interpreter.
+      detect_races: interpret with the TPU interpreter and look for races.
+    """
+
+    backend: str
+    chip: str | None = None
+    interpret: bool = False
+    detect_races: bool = False
+
+
+_context: contextvars.ContextVar[Target | None] = contextvars.ContextVar("pallas_kernels_target", default=None)
+
+
+@contextlib.contextmanager
+def interpreted(*, detect_races: bool = False) -> Iterator[None]:
+    """Kernels traced inside run in Pallas' interpreter, on any platform, slowly: for tests.
+
+    A function that was jitted and traced outside keeps what it was traced for.
+
+    Args:
+      detect_races: TPU kernels run in the TPU interpreter, which looks for races between copies and reads.
+    """
+    token = _context.set(Target("", interpret=True, detect_races=detect_races))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+@contextlib.contextmanager
+def compiling_for(chip: str) -> Iterator[None]:
+    """Kernels traced inside are made for `chip`, whatever this machine has: for ahead-of-time compilation.
+
+    Raises:
+      ValueError: a chip that is not in `CHIPS`.
+    """
+    if chip not in CHIPS:
+        raise ValueError(f"chip={chip!r}; choose one of {', '.join(CHIPS)}.")
+    token = _context.set(Target("", chip=chip))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def platform() -> str:
+    """The platform that `auto` resolves by: that of `compiling_for`, else `jax.default_backend()`."""
+    context = _context.get()
+    return CHIPS[context.chip] if context is not None and context.chip else jax.default_backend()
+
+
+def target_of(backend: str) -> Target:
+    """The target of a resolved backend in this context.
+
+    Raises:
+      ValueError: a Pallas backend on a platform that cannot run it.
+    """
+    if backend not in PLATFORMS:
+        return Target(backend)
+    context = _context.get()
+    if context is not None and context.interpret:
+        return dataclasses.replace(context, backend=backend)
+    here = platform()
+    if here not in PLATFORMS[backend]:
+        raise ValueError(
+            f"backend={backend!r} runs on {backend.upper()} but the platform is {here!r}; choose backend='auto', "
+            f"or trace inside pallas_kernels.interpreted() or pallas_kernels.compiling_for(chip)."
+        )
+    return Target(backend, chip=context.chip if context is not None else _chip_at_hand())
+
+
+def _chip_at_hand() -> str:
+    kind = jax.devices()[0].device_kind
+    return TPU_CHIPS.get(kind, "h100" if "H100" in kind or "H200" in kind else kind)

@@ -1,0 +1,89 @@
+"""What the TPU kernels share: compiler parameters, and rows fetched one by one from HBM.
+
+Mosaic copies single rows only of arrays whose last two axes are whole tiles, so a (T, D) array is seen as (T, D/128, 128)
+(`as_lanes`); a row is then L = D/128 sublanes of 128 lanes.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.execution import Target
+
+LANES = 128
+
+VMEM_LIMIT = 64 * 2**20
+"""Bytes of VMEM that a kernel may use; the default of v5e and v5p is 16 MiB of their 128."""
+
+VMEM_BUDGET = 40 * 2**20
+"""Bytes that tiles are chosen to fill, the rest being the compiler's."""
+
+
+def compiler_params(*semantics: str) -> pltpu.CompilerParams:
+    """Semantics of the grid's axes: `parallel` or `arbitrary`."""
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
+
+
+def interpret_of(target: Target) -> bool | pltpu.InterpretParams:
+    """The `interpret` argument of `pallas_call`."""
+    return pltpu.InterpretParams(detect_races=True) if target.detect_races else target.interpret
+
+
+def precision_of(dtype) -> jax.lax.Precision | None:
+    """float32 products stay float32; the MXU's default would round their inputs to bfloat16."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def as_lanes(array: jax.Array) -> jax.Array:
+    """(T, D) as (T, ceil(D/128), 128), zeros where D ends."""
+    rows, width = array.shape
+    padded = -(-width // LANES) * LANES
+    if padded != width:
+        array = jnp.pad(array, ((0, 0), (0, padded - width)))
+    return array.reshape(rows, padded // LANES, LANES)
+
+
+def from_lanes(rows: jax.Array, width: int) -> jax.Array:
+    """(M, L, 128) in registers as (M, D)."""
+    return rows.reshape(rows.shape[0], -1)[:, :width]
+
+
+class RowFetcher:
+    """Copies rows of an HBM array, named by indices in scalar memory, into a buffer of VMEM.
+
+    All copies of a fetch are in flight together and signal one semaphore.
+    """
+
+    def __init__(self, source, buffer, semaphore):
+        self._source, self._buffer, self._semaphore = source, buffer, semaphore
+
+    def start(self, index, slot) -> None:
+        """Begins to copy row index[i] to buffer[slot, i] for every i."""
+
+        def copy(i, _):
+            pltpu.make_async_copy(
+                self._source.at[index[i]], self._buffer.at[slot, i], self._semaphore.at[slot]
+            ).start()
+
+        jax.lax.fori_loop(0, self._buffer.shape[1], copy, None)
+
+    def wait(self, slot) -> None:
+        """Returns when all rows of the slot have come."""
+
+        def done(i, _):
+            pltpu.make_async_copy(
+                self._source.at[0], self._buffer.at[slot, i], self._semaphore.at[slot]
+            ).wait()
+
+        jax.lax.fori_loop(0, self._buffer.shape[1], done, None)
+
+
+def pad_to(array: jax.Array, length: int) -> jax.Array:
+    """A 1-D array with zeros up to a length."""
+    return jnp.pad(array, (0, length - array.shape[0]))
+
+
+def index_block(block: int, index_map) -> pl.BlockSpec:
+    """Indices streamed through scalar memory, which is too small to hold all of them."""
+    return pl.BlockSpec((block,), index_map, memory_space=pltpu.SMEM)
