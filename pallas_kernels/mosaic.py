@@ -1,7 +1,7 @@
 """What the TPU kernels share: compiler parameters, and rows fetched one by one from HBM.
 
-Mosaic copies single rows only of arrays whose last two axes are whole tiles, so a (T, D) array is seen as (T, D/128, 128)
-(`as_lanes`); a row is then L = D/128 sublanes of 128 lanes.
+Mosaic copies single rows only of arrays whose last two axes are whole tiles, so a (T, D) array is seen as
+(T, D/128, 128) (`as_lanes`); a row is then L = D/128 sublanes of 128 lanes.
 """
 
 import jax

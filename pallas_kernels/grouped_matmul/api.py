@@ -35,8 +35,8 @@ def grouped_matmul(
       (N, F) in the dtype of `rows`, summed in float32. Rows past the groups are zero, and so are their gradients.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, an unknown backend or one that cannot run here, or, where the values are known (outside
-        jit), negative sizes or a sum above N.
+      ValueError: shapes or dtypes that do not fit, an unknown backend or one that cannot run here, or, where the
+        values are known (outside jit), negative sizes or a sum above N.
     """
     target = target_of(resolved_backend(backend))
     _check(rows, weights, group_sizes, transpose_weights)
