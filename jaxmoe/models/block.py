@@ -93,24 +93,32 @@ class Repetition:
     repeats: int
 
 
+UNROLLED_REPEATS = 4
+"""Repeats up to which every one is a stack of its own, compiled without a loop: a loop copies each layer's
+parameters out of the stack and its gradients back, a third of the time that many small experts take."""
+
+
 def repetitions(config: ModelConfig) -> tuple[Repetition, ...]:
     """The layers as a dense prefix, a repeated period of moe_every layers, and a dense rest.
 
-    The number of distinct blocks to compile does not depend on num_layers.
+    Where there are more than `UNROLLED_REPEATS` of a kind they are one entry, so the number of distinct blocks to
+    compile does not grow with num_layers.
     """
     if config.num_moe_layers == 0:
-        return (Repetition(("dense",), config.num_layers),)
-    periods, rest = divmod(config.num_layers - config.first_dense_layers, config.moe_every)
-    period: tuple[Kind, ...] = ("dense",) * (config.moe_every - 1) + ("moe",)
-    runs = (
-        Repetition(("dense",), config.first_dense_layers), Repetition(period, periods), Repetition(("dense",), rest),
+        runs = [Repetition(("dense",), config.num_layers)]
+    else:
+        periods, rest = divmod(config.num_layers - config.first_dense_layers, config.moe_every)
+        period: tuple[Kind, ...] = ("dense",) * (config.moe_every - 1) + ("moe",)
+        runs = [
+            Repetition(("dense",), config.first_dense_layers),
+            Repetition(period, periods),
+            Repetition(("dense",), rest),
+        ]
+    return tuple(
+        entry
+        for run in runs
+        for entry in ([run] if run.repeats > UNROLLED_REPEATS else [Repetition(run.kinds, 1)] * run.repeats)
     )
-    return tuple(run for run in runs if run.repeats > 0)
-
-
-_UNROLLED_REPEATS = 2
-"""Repeats up to which a stack is compiled without a loop, which would copy each layer's parameters out of the stack
-and its gradients back."""
 
 
 class BlockStack(nnx.Module):
@@ -157,6 +165,5 @@ class BlockStack(nnx.Module):
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         start = x, [None] * len(self.blocks) if caches is None else caches
         layers = jnp.arange(self.repeats)
-        unroll = self.repeats <= _UNROLLED_REPEATS
-        (x, updated), statistics = jax.lax.scan(step, start, (state, layers), unroll=unroll)
+        (x, updated), statistics = jax.lax.scan(step, start, (state, layers), unroll=self.repeats == 1)
         return x, statistics, None if caches is None else updated

@@ -145,11 +145,12 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], RouterStatistics | None, Cache | None]:
         """Embedding and blocks, with or without a cache."""
         x = self.embedding(tokens)
-        router, written = None, []
+        routed, written = [], []
         for index, stack in enumerate(self.stacks):
             x, statistics, caches = stack(x, context, None if cache is None else cache[index])
-            router = statistics[0] if statistics else router
+            routed += statistics
             written.append(caches)
+        router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routed) if routed else None
         return x, router, None if cache is None else written
 
 

@@ -43,13 +43,24 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
     steps, also past those that a non-finite loss skipped; Adam's moments and their bias correction follow the
     updates that were made. With `accept=` false the state stays as it was, and the updates must not be applied.
     """
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(
-        clip,
+        optax.identity() if config.clip_norm is None else _clip_by_global_norm(config.clip_norm),
         _scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         _scale_by_learning_rate(learning_rate_schedule(config)),
     )
+
+
+def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """optax's clipping as a multiplication, which XLA fuses into the moments; a division it computes beforehand."""
+
+    def update(updates, state, params=None):
+        del params
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm < most, 1.0, most / norm)
+        return jax.tree.map(lambda update: update * factor, updates), state
+
+    return optax.GradientTransformation(optax.identity().init, update)
 
 
 def _scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformationExtraArgs:
