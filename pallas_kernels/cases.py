@@ -14,6 +14,7 @@ import numpy as np
 
 from pallas_kernels.backend import kernels
 from pallas_kernels.execution import Target
+from pallas_kernels.moe_mlp import kernels as layer_kernels
 from pallas_kernels.moe_mlp.api import moe_mlp
 from pallas_kernels.tiles import Tiling
 
@@ -64,6 +65,7 @@ class Case:
       active_flops: of the products with rows that there are.
       tiling: how its tile is chosen, if it has one.
       sizes: what `tiling` chooses by.
+      loop_turns: how often a loop in it runs, whose body a compiler counts once.
     """
 
     kernel: str
@@ -72,6 +74,7 @@ class Case:
     active_flops: int
     tiling: Tiling | None = None
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    loop_turns: int = 1
 
     def least_bytes(self, results) -> int:
         """Every argument read once and every result, arrays or their shapes, written once."""
@@ -150,18 +153,20 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
             dict(rows_per_group=rows_per_group, contracted=contracted, out=out),
         )
 
+    in_lanes = on_tpu and width % 128 == 0
+    laid_out = jax.ShapeDtypeStruct((rows, width // 128, 128), dtype) if in_lanes else row_array(width)
+
     def sum_rows(kernel, weighted):
         gate = {"gate": jax.ShapeDtypeStruct((tokens, k), jnp.float32)} if weighted else {}
         return Case(
             kernel,
             lambda rows, inverse, num_routed, gate=None: combine.sum_rows(rows, inverse, num_routed, gate, target),
-            {"rows": row_array(width), "inverse": jax.ShapeDtypeStruct((tokens, k), jnp.int32)} | num_routed | gate,
+            {"rows": laid_out, "inverse": jax.ShapeDtypeStruct((tokens, k), jnp.int32)} | num_routed | gate,
             0,
             getattr(combine, "COMBINE", None),
             dict(experts_per_token=k, width=width),
         )
 
-    in_lanes = on_tpu and width % 128 == 0
     cases = [
         Case(
             "dispatch",
@@ -218,6 +223,7 @@ def layer_case(shape: Shape, dtype, target: Target, *, recompute: bool = False) 
         y, pull = jax.vjp(lambda x, g, u, d: call(x, expert_index, g, u, d), x, gate, w_gate_up, w_down)
         return y, *pull(y_gradient)
 
+    turns = layer_kernels.turns_of(target, shape.rows, width, hidden) if recompute else 1
     products = (4 if recompute else 3) * 2 * width * 2 * hidden + 3 * 2 * hidden * width
     return Case(
         "layer, recomputing" if recompute else "layer",
@@ -231,4 +237,5 @@ def layer_case(shape: Shape, dtype, target: Target, *, recompute: bool = False) 
             "y_gradient": jax.ShapeDtypeStruct((tokens, width), dtype),
         },
         shape.rows * products,
+        loop_turns=turns,
     )

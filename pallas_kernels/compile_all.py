@@ -37,7 +37,7 @@ class Result:
         the rest.
       active_flops: of the products with rows that there are.
       bytes_accessed: moved to and from HBM, by the same estimates.
-      least_bytes: every argument read and every result written once.
+      least_bytes: every argument read and every result written once, without what a layer holds in between.
       fast_memory_bytes: the most VMEM that a kernel of the call is given.
       temporary_bytes: HBM beside arguments and results.
     """
@@ -80,6 +80,17 @@ def vmem_of_kernels(program: str) -> dict[str, int]:
     return found
 
 
+def _in_loops(program: str, number: str) -> int:
+    """The sum of a number of the kernels' estimates over those that a loop runs."""
+    total, entry = 0, False
+    for line in program.splitlines():
+        if line and not line[0].isspace():
+            entry = line.startswith("ENTRY")
+        if not entry and 'custom_call_target="tpu_custom_call"' in line:
+            total += int(re.search(rf'"{number}":"(\d+)"', line)[1])
+    return total
+
+
 def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Result:
     """Compiles a call; a refusal is a result too."""
     start = time.perf_counter()
@@ -92,18 +103,19 @@ def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Re
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         return Result(chip, case.kernel, tuple(shape), dtype, error=f"{type(error).__name__}: {first}")
     seconds = time.perf_counter() - start
-    cost = program.cost_analysis()
+    cost, text = program.cost_analysis(), program.as_text()
+    again = case.loop_turns - 1
     return Result(
         chip,
         case.kernel,
         tuple(shape),
         dtype,
         seconds=round(seconds, 2),
-        executed_flops=int(cost.get("flops", 0)),
+        executed_flops=int(cost.get("flops", 0)) + again * _in_loops(text, "flops"),
         active_flops=case.active_flops,
-        bytes_accessed=int(cost.get("bytes accessed", 0)),
+        bytes_accessed=int(cost.get("bytes accessed", 0)) + again * _in_loops(text, "bytes_accessed"),
         least_bytes=case.least_bytes(before.out_info),
-        fast_memory_bytes=max(vmem_of_kernels(program.as_text()).values(), default=0),
+        fast_memory_bytes=max(vmem_of_kernels(text).values(), default=0),
         temporary_bytes=program.memory_analysis().temp_size_in_bytes,
     )
 

@@ -20,7 +20,7 @@ from pallas_kernels.grouped_matmul import api as grouped_matmul_api
 from pallas_kernels.moe_mlp import elementwise
 from pallas_kernels.plan import Plan
 
-RECOMPUTED_PARTS = 4
+_PARTS = 4
 """Parts of the rows whose hidden layers are computed again one after the other."""
 
 _LEAST_ROWS = 4096
@@ -136,6 +136,11 @@ def _rows_backward(target, x, y_gradient, hidden, rows, w_gate_up, w_down, previ
     return rows_gradient, gate_gradient, (w_gate_up_gradient, w_down_gradient)
 
 
+def turns_of(target: Target, num_rows: int, width: int, hidden: int) -> int:
+    """In how many parts the hidden layers of N rows of D numbers, F of them hidden, are computed again."""
+    return _PARTS if target.backend == "tpu" and num_rows >= _LEAST_ROWS and 2 * hidden >= width else 1
+
+
 def _in_parts(target, x, y_gradient, rows, w_gate_up, w_down):
     """As `_rows_backward`, the hidden layer computed again for one part of the rows after the other."""
 
@@ -149,15 +154,15 @@ def _in_parts(target, x, y_gradient, rows, w_gate_up, w_down):
     if x.shape[1] % 128 == 0:  # laid out for fetching rows once, not in each turn
         x, y_gradient = (array.reshape(-1, x.shape[1] // 128, 128) for array in (x, y_gradient))
     zeros = jnp.zeros_like(w_gate_up), jnp.zeros_like(w_down)
-    weight_gradients, of_rows = jax.lax.scan(step, zeros, _parts(rows, RECOMPUTED_PARTS))
+    weight_gradients, of_rows = jax.lax.scan(step, zeros, _parts(rows, _PARTS))
     return *(array.reshape(-1, *array.shape[2:]) for array in of_rows), weight_gradients
 
 
 def _backward(target, recompute, residuals, y_gradient):
     x, plan, gate, w_gate_up, w_down, hidden = residuals
     rows = _all_rows(plan, gate)
-    in_parts = target.backend == "tpu" and plan.num_rows >= _LEAST_ROWS and w_gate_up.shape[2] >= x.shape[1]
-    if recompute and in_parts:
+    _, hidden_width, width = w_down.shape
+    if recompute and turns_of(target, plan.num_rows, width, hidden_width) > 1:
         rows_gradient, row_gate_gradient, weight_gradients = _in_parts(target, x, y_gradient, rows, w_gate_up, w_down)
     else:
         if recompute:

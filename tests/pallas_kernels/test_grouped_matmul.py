@@ -95,9 +95,10 @@ def test_backends_equal_a_loop_over_groups_in_bfloat16(backend, sizes):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_pattern_of_empty_groups(backend):
-    rows, weights, cotangent = arrays()
-    for present in itertools.product([0, 1], repeat=EXPERTS):
-        sizes = [size * here for size, here in zip([7, 18, 1, 14], present, strict=True)]
+    """Of eight, and so of fewer: the last ones are empty then."""
+    rows, weights, cotangent = arrays(experts=8)
+    for present in itertools.product([0, 1], repeat=8):
+        sizes = [size * here for size, here in zip([7, 1, 9, 3, 2, 11, 1, 5], present, strict=True)]
         actual = value_and_gradients(backend, rows, weights, sizes, cotangent)
         assert_close(actual, by_hand(rows, weights, sizes, cotangent), 1e-5)
 
