@@ -22,7 +22,7 @@ def test_a_named_backend_is_itself(backend):
     assert resolved_backend(backend) == backend
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 def test_auto_is_the_platforms_own_and_logged_once(platform, monkeypatch, caplog):
     monkeypatch.setattr(execution.jax, "default_backend", lambda: platform)
     with caplog.at_level(logging.INFO, "pallas_kernels"):
@@ -30,7 +30,7 @@ def test_auto_is_the_platforms_own_and_logged_once(platform, monkeypatch, caplog
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
-@pytest.mark.parametrize("platform", ["gpu", "rocm"])
+@pytest.mark.parametrize("platform", ["rocm", "gpu of compute capability 7.0"])
 def test_auto_elsewhere_warns_once_of_the_dense_weight_gradient(platform, monkeypatch, caplog):
     monkeypatch.setattr(execution.jax, "default_backend", lambda: platform)
     with caplog.at_level(logging.INFO, "pallas_kernels"):
@@ -41,7 +41,7 @@ def test_auto_elsewhere_warns_once_of_the_dense_weight_gradient(platform, monkey
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'tpu', 'ragged_dot'"):
+    with pytest.raises(ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'tpu', 'gpu', 'ragged_dot'"):
         resolved_backend("fast")
 
 
