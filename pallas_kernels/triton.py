@@ -70,6 +70,16 @@ def load_vector(ref, axis: Axis, *trailing) -> jax.Array:
     return plgpu.load(ref.at[(axis.index, *trailing)], mask=axis.valid, other=None if axis.valid is None else 0)
 
 
+def store_vector(ref, axis: Axis, value: jax.Array, *trailing) -> None:
+    """Writes a vector to ref[axis, *trailing] where the axis counts."""
+    plgpu.store(ref.at[(axis.index, *trailing)], value.astype(ref.dtype), mask=axis.valid)
+
+
+def looked_up(index: list, axis: Axis) -> Axis:
+    """The axis through an index, index[0][axis], or as it is where there is none."""
+    return axis._replace(index=load_vector(index[0], axis)) if index else axis
+
+
 def dot(left: jax.Array, right: jax.Array, *, contract: tuple[int, int] = (1, 0)) -> jax.Array:
     """A product of two blocks, summed in float32.
 

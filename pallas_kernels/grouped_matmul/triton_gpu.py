@@ -102,7 +102,8 @@ def product(
     )(*tiles_of_groups(group_sizes, num_rows, tile.rows), rows, weights)
 
 
-def _weight_gradient_kernel(start, stop, rows, gradient, out, *, tile):
+def _weight_gradient_kernel(start, stop, *arguments, tile, rows_by_token, gradient_by_token):
+    *token, rows, gradient, out = arguments
     width, out_width = rows.shape[1], gradient.shape[1]
     rest, column_tile = triton.split(triton.program(), tiles_of(out_width, tile.out))
     group, width_tile = triton.split(rest, tiles_of(width, tile.contracted))
@@ -112,7 +113,10 @@ def _weight_gradient_kernel(start, stop, rows, gradient, out, *, tile):
 
     def step(i, total):
         own = triton.span(first + i * tile.rows, tile.rows, end)
-        return total + triton.dot(triton.load(rows, own, inner), triton.load(gradient, own, columns), contract=(0, 0))
+        source = triton.looked_up(token, own)
+        left = triton.load(rows, source if rows_by_token else own, inner)
+        right = triton.load(gradient, source if gradient_by_token else own, columns)
+        return total + triton.dot(left, right, contract=(0, 0))
 
     steps = jax.lax.div(end - first + (tile.rows - 1), jnp.int32(tile.rows))
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((tile.contracted, tile.out), jnp.float32))
@@ -120,17 +124,33 @@ def _weight_gradient_kernel(start, stop, rows, gradient, out, *, tile):
 
 
 def weight_gradient(
-    rows: jax.Array, out_gradient: jax.Array, group_sizes: jax.Array, target: Target
+    rows: jax.Array,
+    out_gradient: jax.Array,
+    group_sizes: jax.Array,
+    target: Target,
+    *,
+    token: jax.Array | None = None,
+    rows_by_token: bool = False,
+    gradient_by_token: bool = False,
 ) -> jax.Array:
-    """(N, D), (N, F) to (E, D, F) in the dtype of rows: each group's outer products, summed in float32."""
-    num_rows, width = rows.shape
+    """(N, D), (N, F) to (E, D, F) in the dtype of rows: each group's outer products, summed in float32.
+
+    Args:
+      token: (N,) int32, where an operand has a row per token, (T, D) or (T, F), and row n is that of token[n].
+      rows_by_token: whether `rows` is such an operand.
+      gradient_by_token: whether `out_gradient` is.
+    """
+    num_rows = rows.shape[0] if token is None else token.shape[0]
+    width = rows.shape[1]
     groups, out_width = group_sizes.shape[0], out_gradient.shape[1]
     itemsize = rows.dtype.itemsize
     tile = weight_gradient_tile(num_rows, groups, width, out_width, itemsize)
     widths, columns = tiles_of(width, tile.contracted), tiles_of(out_width, tile.out)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     return pl.pallas_call(
-        functools.partial(_weight_gradient_kernel, tile=tile),
+        functools.partial(
+            _weight_gradient_kernel, tile=tile, rows_by_token=rows_by_token, gradient_by_token=gradient_by_token
+        ),
         out_shape=jax.ShapeDtypeStruct((groups, width, out_width), rows.dtype),
         grid=triton.num_programs(groups, widths, columns),
         compiler_params=triton.compiler_params(tile.warps, tile.stages),
@@ -142,4 +162,4 @@ def weight_gradient(
         ),
         interpret=target.interpret,
         name="weight_gradient_gpu",
-    )(ends - group_sizes, ends, rows, out_gradient)
+    )(ends - group_sizes, ends, *([] if token is None else [token]), rows, out_gradient)
