@@ -31,7 +31,7 @@ def swiglu_gradient(
 def hidden_gradient(
     hidden: jax.Array, from_output: jax.Array, row_gate: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """From the saved (N, 2F) products: their gradient, the (N, F) gated activation, the gate's (N,) gradient.
+    """From the saved (N, 2F) products: the (N, F) gated activation, the products' gradient, the gate's (N,) gradient.
 
     Args:
       hidden: (N, 2F), the gate half first.
@@ -43,4 +43,4 @@ def hidden_gradient(
         gated, up, from_output.astype(jnp.float32), row_gate[:, None]
     )
     gradient = jnp.concatenate([gated_gradient, up_gradient], axis=1)
-    return gradient.astype(hidden.dtype), weighted.astype(hidden.dtype), jnp.sum(terms, axis=1)
+    return weighted.astype(hidden.dtype), gradient.astype(hidden.dtype), jnp.sum(terms, axis=1)

@@ -17,7 +17,6 @@ from pallas_kernels.dispatch import api as dispatch_api
 from pallas_kernels.execution import Target
 from pallas_kernels.gather import take
 from pallas_kernels.grouped_matmul import api as grouped_matmul_api
-from pallas_kernels.moe_mlp import elementwise
 from pallas_kernels.plan import Plan
 
 _PARTS = 4
@@ -79,9 +78,12 @@ def _parts(rows: _Rows, count: int) -> _Rows:
     return _Rows(cut(rows.token), cut(rows.gate), inside)
 
 
-def _gather(target, x, rows):
+def _by_row(target, array, rows):
+    """(T, D) to (R, D); on GPU it stays as it is, for the kernels look up each row's token."""
+    if target.backend == "gpu":
+        return array
     num_routed = jnp.sum(rows.group_sizes, dtype=jnp.int32)
-    return kernels("dispatch", target).gather_tokens(x, rows.token, num_routed, target)
+    return kernels("dispatch", target).gather_tokens(array, rows.token, num_routed, target)
 
 
 def _up(target, x, rows, w_gate_up, save_hidden):
@@ -99,18 +101,19 @@ def _product_to_sum(target, rows, weights, group_sizes, transpose_weights):
 
 
 def _hidden_gradient(target, y_rows, hidden, rows, w_down):
-    if target.backend == "tpu":
-        module = kernels("moe_mlp", target)
-        return module.hidden_gradient(y_rows, hidden, rows.gate, w_down, rows.group_sizes, target)
-    from_output = grouped_matmul_api.product(y_rows, w_down, rows.group_sizes, True, target)
-    return elementwise.hidden_gradient(hidden, from_output, rows.gate)
+    """On the hidden width: activation times gate, gradient before the nonlinearity, and the gates' gradient by row."""
+    module = kernels("moe_mlp", target)
+    if target.backend == "gpu":
+        return module.hidden_gradient(y_rows, rows.token, rows.gate, hidden, w_down, rows.group_sizes, target)
+    return module.hidden_gradient(y_rows, hidden, rows.gate, w_down, rows.group_sizes, target)
 
 
-def _weight_gradient(target, rows, out_gradient, group_sizes, previous):
-    if previous is None:
-        return grouped_matmul_api.weight_gradient(rows, out_gradient, group_sizes, target)
-    module = kernels("grouped_matmul", target)
-    return module.weight_gradient(rows, out_gradient, group_sizes, target, previous=previous)
+def _weight_gradient(target, left, right, rows, previous, **by_token):
+    """Of one product's weights; `by_token` names the operand that the GPU's kernel finds by its token."""
+    gradient = kernels("grouped_matmul", target).weight_gradient
+    if target.backend == "gpu":
+        return gradient(left, right, rows.group_sizes, target, token=rows.token, **by_token)
+    return gradient(left, right, rows.group_sizes, target, previous=previous)
 
 
 def _forward(target, recompute, x, plan, gate, w_gate_up, w_down):
@@ -125,12 +128,12 @@ def _rows_backward(target, x, y_gradient, hidden, rows, w_gate_up, w_down, previ
     The barriers keep what comes later from being gathered while what comes before still takes memory.
     """
     y_gradient, hidden = jax.lax.optimization_barrier((y_gradient, hidden))
-    y_rows = _gather(target, y_gradient, rows)
-    hidden_gradient, weighted, gate_gradient = _hidden_gradient(target, y_rows, hidden, rows, w_down)
-    w_down_gradient = _weight_gradient(target, weighted, y_rows, rows.group_sizes, previous[1])
+    y_rows = _by_row(target, y_gradient, rows)
+    weighted, hidden_gradient, gate_gradient = _hidden_gradient(target, y_rows, hidden, rows, w_down)
+    w_down_gradient = _weight_gradient(target, weighted, y_rows, rows, previous[1], gradient_by_token=True)
     w_down_gradient, hidden_gradient, x = jax.lax.optimization_barrier((w_down_gradient, hidden_gradient, x))
-    x_rows = _gather(target, x, rows)
-    w_gate_up_gradient = _weight_gradient(target, x_rows, hidden_gradient, rows.group_sizes, previous[0])
+    x_rows = _by_row(target, x, rows)
+    w_gate_up_gradient = _weight_gradient(target, x_rows, hidden_gradient, rows, previous[0], rows_by_token=True)
     w_gate_up_gradient, hidden_gradient = jax.lax.optimization_barrier((w_gate_up_gradient, hidden_gradient))
     rows_gradient = _product_to_sum(target, hidden_gradient, w_gate_up, rows.group_sizes, transpose_weights=True)
     return rows_gradient, gate_gradient, (w_gate_up_gradient, w_down_gradient)

@@ -306,7 +306,7 @@ def hidden_gradient(
     group_sizes: jax.Array,
     target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradient of the hidden layer, gated activation and gradient of the gate, row by row.
+    """What the gradient of y is on the hidden width, before the nonlinearity.
 
     Where F is no multiple of 128, or a tile does not fit VMEM, it runs as product and elementwise part.
 
@@ -319,7 +319,8 @@ def hidden_gradient(
       target: of backend `tpu`.
 
     Returns:
-      (N, 2F) and (N, F) in the dtype of hidden, (N,) float32; rows past the groups are zero.
+      (N, F) activation times gate, which the gradient of w_down needs; (N, 2F) gradient of hidden; (N,) float32
+      gradient of the gates. Rows past the groups are zero.
     """
     num_rows, width = y_rows.shape
     groups, hidden_width, _ = w_down.shape
@@ -375,4 +376,4 @@ def hidden_gradient(
         interpret=mosaic.interpret_of(target),
         name="hidden_gradient_tpu",
     )(*visits.prefetched, y_rows, mosaic.pad_to(row_gate, tiles * size).reshape(1, -1), hidden, w_down)
-    return gradient, weighted, gate_gradient[0, :num_rows]
+    return weighted, gradient, gate_gradient[0, :num_rows]

@@ -190,7 +190,7 @@ def test_windows_and_blocks_hold_every_row_once(sizes, weights):
         (dict(group_sizes=np.ones(3, int)), "group_sizes names 3 groups but weights has E=4"),
         (dict(group_sizes=np.ones(4)), "group_sizes has dtype float64"),
         (dict(group_sizes=np.array([10, 20, 30, 0])), "with sum 60; .* at most N=40"),
-        (dict(backend="triton"), "backend='triton'; choose 'auto' or one of 'reference', 'cpu', 'tpu', 'ragged_dot'"),
+        (dict(backend="triton"), "backend='triton'; choose 'auto' or one of 'reference', 'cpu', 'tpu', 'gpu'"),
     ],
 )
 def test_misfits_are_refused(change, message):
