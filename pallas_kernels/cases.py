@@ -14,7 +14,6 @@ import numpy as np
 
 from pallas_kernels.backend import kernels
 from pallas_kernels.execution import Target
-from pallas_kernels.moe_mlp import kernels as layer_kernels
 from pallas_kernels.moe_mlp.api import moe_mlp
 from pallas_kernels.tiles import Tiling
 
@@ -65,7 +64,6 @@ class Case:
       active_flops: of the products with rows that there are.
       tiling: how its tile is chosen, if it has one.
       sizes: what `tiling` chooses by.
-      loop_turns: how often a loop in it runs, whose body a compiler counts once.
     """
 
     kernel: str
@@ -74,7 +72,6 @@ class Case:
     active_flops: int
     tiling: Tiling | None = None
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
-    loop_turns: int = 1
 
     def least_bytes(self, results) -> int:
         """Every argument read once and every result, arrays or their shapes, written once."""
@@ -187,25 +184,30 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
         sum_rows("combine", True),
         sum_rows("combine without gates", False),
     ]
+    row_gate = {"gate": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    after = {"hidden": row_array(2 * hidden), "weights": w_down} | group_sizes
     if on_tpu:
-        cases.append(
-            Case(
-                "hidden gradient",
-                lambda rows, hidden, gate, weights, sizes: moe.hidden_gradient(
-                    rows, hidden, gate, weights, sizes, target
-                ),
-                {
-                    "rows": row_array(width),
-                    "hidden": row_array(2 * hidden),
-                    "gate": jax.ShapeDtypeStruct((rows,), jnp.float32),
-                    "weights": w_down,
-                }
-                | group_sizes,
-                flops(width, hidden),
-                moe.HIDDEN_GRADIENT,
-                dict(rows_per_group=rows_per_group, width=width, hidden=hidden),
-            )
+        arguments = {"rows": row_array(width)} | row_gate | after
+
+        def hidden_gradient(y_rows, gate, hidden, weights, sizes):
+            return moe.hidden_gradient(y_rows, hidden, gate, weights, sizes, target)
+
+    else:
+        arguments = x | token | row_gate | after
+
+        def hidden_gradient(y_gradient, token, gate, hidden, weights, sizes):
+            return moe.hidden_gradient(y_gradient, token, gate, hidden, weights, sizes, target)
+
+    cases.append(
+        Case(
+            "hidden gradient",
+            hidden_gradient,
+            arguments,
+            flops(width, hidden),
+            getattr(moe, "HIDDEN_GRADIENT", None),
+            dict(rows_per_group=rows_per_group, width=width, hidden=hidden),
         )
+    )
     return cases
 
 
@@ -223,7 +225,6 @@ def layer_case(shape: Shape, dtype, target: Target, *, recompute: bool = False) 
         y, pull = jax.vjp(lambda x, g, u, d: call(x, expert_index, g, u, d), x, gate, w_gate_up, w_down)
         return y, *pull(y_gradient)
 
-    turns = layer_kernels.turns_of(target, shape.rows, width, hidden) if recompute else 1
     products = (4 if recompute else 3) * 2 * width * 2 * hidden + 3 * 2 * hidden * width
     return Case(
         "layer, recomputing" if recompute else "layer",
@@ -237,5 +238,4 @@ def layer_case(shape: Shape, dtype, target: Target, *, recompute: bool = False) 
             "y_gradient": jax.ShapeDtypeStruct((tokens, width), dtype),
         },
         shape.rows * products,
-        loop_turns=turns,
     )

@@ -18,9 +18,11 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from pallas_kernels import cases, targets
 from pallas_kernels.execution import CHIPS, PLATFORMS, Target, compiling_for
+from pallas_kernels.gpu_resources import resources
 
 DTYPES = ("bfloat16", "float32")
 
@@ -33,13 +35,14 @@ class Result:
       chip, kernel, shape, dtype: what was compiled; shape is T, K, E, D, F.
       error: the first line of the compiler's refusal, or None.
       seconds: that compiling took.
-      executed_flops: the kernels' own estimates, which count the most tiles that a routing can touch, and XLA's of
-        the rest.
+      executed_flops: the kernels' own estimates, which count the most tiles that a routing can touch.
       active_flops: of the products with rows that there are.
-      bytes_accessed: moved to and from HBM, by the same estimates.
+      bytes_accessed: moved to and from HBM, by the same estimates; copies that XLA makes around a kernel are not in it.
       least_bytes: every argument read and every result written once, without what a layer holds in between.
-      fast_memory_bytes: the most VMEM that a kernel of the call is given.
-      temporary_bytes: HBM beside arguments and results.
+      fast_memory_bytes: the most VMEM (GPU: shared memory of a program) that a kernel of the call is given.
+      temporary_bytes: device memory beside arguments and results.
+      registers: the most per thread of a kernel; GPU only.
+      spilled_bytes: per thread, of registers written to memory and read back; GPU only.
     """
 
     chip: str
@@ -54,10 +57,12 @@ class Result:
     least_bytes: int = 0
     fast_memory_bytes: int = 0
     temporary_bytes: int = 0
+    registers: int | None = None
+    spilled_bytes: int | None = None
 
 
-def lowered(case: cases.Case, chip: str) -> jax.stages.Lowered:
-    """The call, lowered for one device of the chip.
+def traced(case: cases.Case, chip: str) -> jax.stages.Traced:
+    """The call, traced for one device of the chip.
 
     Raises:
       targets.CompilerMissing: there is no compiler for it.
@@ -65,7 +70,28 @@ def lowered(case: cases.Case, chip: str) -> jax.stages.Lowered:
     mesh = targets.mesh_of(chip)
     arguments = [targets.abstract(mesh, like.shape, like.dtype) for like in case.arguments.values()]
     with compiling_for(chip), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(case.function).lower(*arguments)
+        return jax.jit(case.function).trace(*arguments)
+
+
+def lowered(case: cases.Case, chip: str) -> jax.stages.Lowered:
+    """The call, lowered for one device of the chip."""
+    call = traced(case, chip)
+    with compiling_for(chip), jax.sharding.use_abstract_mesh(targets.mesh_of(chip).abstract_mesh):
+        return call.lower()
+
+
+def planned(jaxpr: Jaxpr) -> tuple[int, int]:
+    """FLOPs and bytes that the kernels of a program say they take, those in a loop as often as it turns."""
+    flops = bytes_accessed = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            parts = [(equation.params["cost_estimate"].flops, equation.params["cost_estimate"].bytes_accessed)]
+        else:
+            parts = list(map(planned, jaxprs_in_params(equation.params)))
+        for part in parts:
+            flops += part[0] * equation.params.get("length", 1)
+            bytes_accessed += part[1] * equation.params.get("length", 1)
+    return flops, bytes_accessed
 
 
 def vmem_of_kernels(program: str) -> dict[str, int]:
@@ -80,43 +106,45 @@ def vmem_of_kernels(program: str) -> dict[str, int]:
     return found
 
 
-def _in_loops(program: str, number: str) -> int:
-    """The sum of a number of the kernels' estimates over those that a loop runs."""
-    total, entry = 0, False
-    for line in program.splitlines():
-        if line and not line[0].isspace():
-            entry = line.startswith("ENTRY")
-        if not entry and 'custom_call_target="tpu_custom_call"' in line:
-            total += int(re.search(rf'"{number}":"(\d+)"', line)[1])
-    return total
+def _figures(before: jax.stages.Lowered, chip: str) -> dict[str, int]:
+    """Compiles, and reads what the chip's compiler says of memory and registers."""
+    if CHIPS[chip] == "gpu":
+        program, kernels = resources(before)
+        fast = {
+            "fast_memory_bytes": max((kernel.shared_bytes for kernel in kernels), default=0),
+            "registers": max((kernel.registers for kernel in kernels), default=0),
+            "spilled_bytes": sum(kernel.spill_stores + kernel.spill_loads for kernel in kernels),
+        }
+    else:
+        program = before.compile()
+        fast = {"fast_memory_bytes": max(vmem_of_kernels(program.as_text()).values(), default=0)}
+    return fast | {"temporary_bytes": program.memory_analysis().temp_size_in_bytes}
 
 
 def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Result:
     """Compiles a call; a refusal is a result too."""
     start = time.perf_counter()
     try:
-        before = lowered(case, chip)
-        program = before.compile()
+        call = traced(case, chip)
+        with compiling_for(chip), jax.sharding.use_abstract_mesh(targets.mesh_of(chip).abstract_mesh):
+            figures = _figures(call.lower(), chip)
     except targets.CompilerMissing:
         raise
     except Exception as error:  # a compiler refuses with any exception, Pallas before it too
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         return Result(chip, case.kernel, tuple(shape), dtype, error=f"{type(error).__name__}: {first}")
-    seconds = time.perf_counter() - start
-    cost, text = program.cost_analysis(), program.as_text()
-    again = case.loop_turns - 1
+    flops, bytes_accessed = planned(call.jaxpr.jaxpr)
     return Result(
         chip,
         case.kernel,
         tuple(shape),
         dtype,
-        seconds=round(seconds, 2),
-        executed_flops=int(cost.get("flops", 0)) + again * _in_loops(text, "flops"),
+        seconds=round(time.perf_counter() - start, 2),
+        executed_flops=flops,
         active_flops=case.active_flops,
-        bytes_accessed=int(cost.get("bytes accessed", 0)) + again * _in_loops(text, "bytes_accessed"),
-        least_bytes=case.least_bytes(before.out_info),
-        fast_memory_bytes=max(vmem_of_kernels(text).values(), default=0),
-        temporary_bytes=program.memory_analysis().temp_size_in_bytes,
+        bytes_accessed=bytes_accessed,
+        least_bytes=case.least_bytes(call.out_info),
+        **figures,
     )
 
 
@@ -142,10 +170,11 @@ def line_of(result: Result) -> str:
     if result.error:
         return f"{head} REFUSED {result.error}"
     flops = f"{result.executed_flops / result.active_flops:5.2f} x active FLOPs" if result.active_flops else " " * 20
-    return (
+    line = (
         f"{head} {result.seconds:6.1f} s {flops} {result.bytes_accessed / result.least_bytes:6.2f} x least bytes "
-        f"{result.fast_memory_bytes / 2**20:6.1f} MiB VMEM {result.temporary_bytes / 2**20:8.1f} MiB temporary"
+        f"{result.fast_memory_bytes / 2**10:8.0f} KiB fast memory {result.temporary_bytes / 2**20:8.1f} MiB temporary"
     )
+    return line if result.registers is None else f"{line} {result.registers} registers {result.spilled_bytes} spilled"
 
 
 def markdown(every: list[Result]) -> str:
@@ -160,7 +189,7 @@ def markdown(every: list[Result]) -> str:
             return "refused" if result else ""
         flops = f"{result.executed_flops / result.active_flops:.2f}" if result.active_flops else "–"
         bytes_moved = f"{result.bytes_accessed / result.least_bytes:.2f}"
-        return f"{flops} · {bytes_moved} · {result.fast_memory_bytes / 2**20:.1f}"
+        return f"{flops} · {bytes_moved} · {result.fast_memory_bytes / 2**20:.2g}"
 
     lines = [f"| kernel | T, K, E, D, F | dtype | {' | '.join(chips)} |", "| --- " * (3 + len(chips)) + "|"]
     for (kernel, shape, dtype), of_chip in rows.items():
@@ -204,8 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(markdown(every))
     for message in missing:
         print(message, file=sys.stderr)
-    print(f"{len(every) - len(refused)} of {len(every)} compiled (figures of the compilers, nothing was run)",
-          file=sys.stderr)
+    compiled = f"{len(every) - len(refused)} of {len(every)} compiled"
+    print(f"{compiled}; these are the compilers' figures, nothing was run", file=sys.stderr)
     for result in refused:
         print(line_of(result), file=sys.stderr)
     return 1 if refused else 2 if missing else 0

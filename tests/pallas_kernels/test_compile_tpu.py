@@ -81,6 +81,19 @@ def test_the_layer_holds_its_routed_activations_and_little_more(chip):
 
 
 @pytest.mark.slow
+def test_a_loops_kernels_count_as_often_as_it_turns():
+    """The layer that computes the up products again executes them, not a part of them."""
+    shape = SHAPES["few_experts"]
+    target = Target("tpu", chip="v5p")
+    kept, again = (
+        compile_all.planned(compile_all.traced(case, "v5p").jaxpr.jaxpr)[0]
+        for case in cases.layer_cases(shape, jnp.bfloat16, target)
+    )
+    up = 2 * shape.rows * shape.width * 2 * shape.hidden
+    assert kept + up <= again <= 1.25 * (kept + up)
+
+
+@pytest.mark.slow
 def test_recomputing_copies_no_weights():
     """The gradients of the weights are added to in place, part after part of the rows."""
     _, _, experts, width, hidden = SHAPES["study"]
@@ -102,7 +115,7 @@ def test_each_kernel_compiles_alone_within_its_memory(chip):
             assert result.error is None, result
             assert 0 < result.fast_memory_bytes <= 64 * 2**20
             assert result.executed_flops >= result.active_flops
-            assert result.bytes_accessed > 0.4 * result.least_bytes  # of x, the rows that are fetched
+            assert result.bytes_accessed > 0.9 * result.least_bytes
 
 
 @pytest.mark.slow
