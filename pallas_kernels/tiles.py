@@ -72,13 +72,15 @@ class Tiling:
         return self.rule(itemsize=itemsize, chip=chip, **sizes)
 
     def candidates(self, dtype, chip: str | None, **sizes: int) -> list[dict[str, int]]:
-        """Tiles worth measuring: the rule's, then those with some of its numbers halved or doubled, if they fit."""
+        """Tiles worth measuring: the rule's, and those with one or two of its numbers halved or doubled that fit."""
         itemsize = jnp.dtype(dtype).itemsize
         first = self.rule(itemsize=itemsize, chip=chip, **sizes)
         if first is None:
             return []
         found = [first]
         for factors in itertools.product((1, 0.5, 2), repeat=len(first)):
+            if len(first) - factors.count(1) > 2:
+                continue
             scaled = self.tile(*(int(number * factor) for number, factor in zip(first, factors, strict=True)))
             with contextlib.suppress(Misfit):
                 scaled = self.fitted(scaled, itemsize=itemsize, **sizes)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.tiles import Misfit
+
 SMALLEST_SIDE = 16
 """The shortest side of a block that tensor cores multiply."""
 
@@ -104,6 +106,34 @@ def steps_if(condition: jax.Array, steps: int) -> jax.Array:
 def side(width: int, limit: int) -> int:
     """A block's side for an axis: the power of two at or above its width, between `SMALLEST_SIDE` and the limit."""
     return min(max(1 << (width - 1).bit_length(), SMALLEST_SIDE), limit)
+
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that a program of an H100 may use; other GPUs have less, and their compiler says so."""
+
+
+def fitted(tile, **widths: int):
+    """A tile with its sides cut to these widths, by the names of its fields.
+
+    Raises:
+      Misfit: a number that is no power of two (`stages` may be any), a side that tensor cores do not multiply, or more
+        than 16 warps.
+    """
+    for name, number in tile._asdict().items():
+        if number < 1 or (name != "stages" and number & (number - 1)):
+            raise Misfit(f"{name}={number} is no power of two.")
+    for name in widths:
+        if getattr(tile, name) < SMALLEST_SIDE:
+            raise Misfit(f"{name}={getattr(tile, name)}; at least {SMALLEST_SIDE} are multiplied.")
+    if not 1 <= tile.warps <= 16:
+        raise Misfit(f"warps={tile.warps}; 1 to 16 make a program.")
+    return tile._replace(**{name: side(width, getattr(tile, name)) for name, width in widths.items()})
+
+
+def require_room(needed: int) -> None:
+    """Raises `Misfit` if the loads that are in flight need more than the shared memory."""
+    if needed > SHARED_MEMORY:
+        raise Misfit(f"it takes about {needed // 1024} KiB of shared memory; at most {SHARED_MEMORY // 1024} are used.")
 
 
 def compiler_params(warps: int, stages: int) -> plgpu.CompilerParams:

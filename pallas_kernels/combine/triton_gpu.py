@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
 from pallas_kernels.execution import Target
+from pallas_kernels.tiles import Tiling
 from pallas_kernels.visits import tiles_of
 
 
@@ -28,6 +29,20 @@ def sum_tile(experts_per_token: int, width: int, itemsize: int) -> Tile:
     """16 sums for each of 128 threads, and the reads of up to 8 choices in flight."""
     columns = triton.side(width, 1024 // itemsize)
     return Tile(max(1, 2048 // columns), columns, min(experts_per_token, 8), 4)
+
+
+def _fitted(tile: Tile, experts_per_token: int, width: int, itemsize: int) -> Tile:
+    del itemsize
+    choices = min(tile.choices, experts_per_token)
+    return triton.fitted(tile._replace(choices=1), columns=width)._replace(choices=choices)
+
+
+COMBINE = Tiling(
+    "combine",
+    Tile,
+    lambda experts_per_token, width, itemsize, chip: sum_tile(experts_per_token, width, itemsize),
+    _fitted,
+)
 
 
 def _kernel(num_routed, inverse, *arguments, tile, experts_per_token, width):
@@ -71,7 +86,7 @@ def sum_rows(
     """
     tokens, k = inverse.shape
     width = rows.shape[1]
-    tile = sum_tile(k, width, rows.dtype.itemsize)
+    tile = COMBINE.choose(rows.dtype, target.chip, experts_per_token=k, width=width)
     return pl.pallas_call(
         functools.partial(_kernel, tile=tile, experts_per_token=k, width=width),
         out_shape=jax.ShapeDtypeStruct((tokens, width), rows.dtype),

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
 from pallas_kernels.execution import Target
+from pallas_kernels.tiles import Tiling
 from pallas_kernels.visits import tiles_of
 
 
@@ -26,6 +27,14 @@ def gather_tile(width: int, itemsize: int) -> Tile:
     """Long pieces of rows, and eight 16-byte reads in flight for each of 128 threads."""
     columns = triton.side(width, 1024)
     return Tile(max(1, 8 * 128 * 16 // (columns * itemsize)), columns, 4)
+
+
+def _fitted(tile: Tile, width: int, itemsize: int) -> Tile:
+    del itemsize
+    return triton.fitted(tile, columns=width)
+
+
+DISPATCH = Tiling("dispatch", Tile, lambda width, itemsize, chip: gather_tile(width, itemsize), _fitted)
 
 
 def _kernel(num_routed, token, x, out, *, tile, width):
@@ -49,7 +58,7 @@ def gather_tokens(x: jax.Array, token: jax.Array, num_routed: jax.Array, target:
       (N, D) in the dtype of x.
     """
     num_rows, width = token.shape[0], x.shape[1]
-    tile = gather_tile(width, x.dtype.itemsize)
+    tile = DISPATCH.choose(x.dtype, target.chip, width=width)
     return pl.pallas_call(
         functools.partial(_kernel, tile=tile, width=width),
         out_shape=jax.ShapeDtypeStruct((num_rows, width), x.dtype),

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 from pallas_kernels.execution import Target
 from pallas_kernels.group_tiles import most_tiles, tiles_of_groups
+from pallas_kernels.tiles import Misfit, Tiling
 from pallas_kernels.visits import tiles_of
 
 
@@ -57,6 +58,32 @@ def weight_gradient_tile(num_rows: int, num_groups: int, width: int, out: int, i
     return Tile(triton.side(mean, 64), triton.side(width, 128), triton.side(out, 128), 8, 3)
 
 
+def _fitted(tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int) -> Tile:
+    del rows_per_group
+    tile = triton.fitted(tile, contracted=contracted, out=out)
+    if tile.rows < triton.SMALLEST_SIDE:
+        raise Misfit(f"rows={tile.rows}; at least {triton.SMALLEST_SIDE} are multiplied.")
+    inner = max(tile.rows * tile.contracted + tile.contracted * tile.out, tile.rows * (tile.contracted + tile.out))
+    triton.require_room(tile.stages * inner * itemsize)
+    return tile
+
+
+PRODUCT = Tiling(
+    "grouped_matmul",
+    Tile,
+    lambda rows_per_group, contracted, out, itemsize, chip: product_tile(rows_per_group, 1, contracted, out, itemsize),
+    _fitted,
+)
+WEIGHT_GRADIENT = Tiling(
+    "weight_gradient",
+    Tile,
+    lambda rows_per_group, contracted, out, itemsize, chip: weight_gradient_tile(
+        rows_per_group, 1, contracted, out, itemsize
+    ),
+    _fitted,
+)
+
+
 def _product_kernel(group, start, stop, rows, weights, out, *, tile, transpose, groups):
     width, out_width = rows.shape[1], out.shape[1]
     number, column_tile = triton.split(triton.program(), tiles_of(out_width, tile.out))
@@ -85,7 +112,9 @@ def product(
     num_rows, width = rows.shape
     groups, out_width = weights.shape[0], weights.shape[1 if transpose_weights else 2]
     itemsize = rows.dtype.itemsize
-    tile = product_tile(num_rows, groups, width, out_width, itemsize)
+    tile = PRODUCT.choose(
+        rows.dtype, target.chip, rows_per_group=num_rows // groups, contracted=width, out=out_width
+    )
     tiles, columns = most_tiles(num_rows, groups, tile.rows), tiles_of(out_width, tile.out)
     return pl.pallas_call(
         functools.partial(_product_kernel, tile=tile, transpose=transpose_weights, groups=groups),
@@ -144,7 +173,9 @@ def weight_gradient(
     width = rows.shape[1]
     groups, out_width = group_sizes.shape[0], out_gradient.shape[1]
     itemsize = rows.dtype.itemsize
-    tile = weight_gradient_tile(num_rows, groups, width, out_width, itemsize)
+    tile = WEIGHT_GRADIENT.choose(
+        rows.dtype, target.chip, rows_per_group=num_rows // groups, contracted=width, out=out_width
+    )
     widths, columns = tiles_of(width, tile.contracted), tiles_of(out_width, tile.out)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     return pl.pallas_call(

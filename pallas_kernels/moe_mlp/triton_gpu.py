@@ -17,6 +17,7 @@ from pallas_kernels import triton
 from pallas_kernels.execution import Target
 from pallas_kernels.group_tiles import most_tiles, tiles_of_groups
 from pallas_kernels.grouped_matmul.triton_gpu import Tile, row_tile
+from pallas_kernels.tiles import Tiling
 from pallas_kernels.visits import tiles_of
 
 
@@ -27,6 +28,23 @@ def up_tile(num_rows: int, num_groups: int, width: int, hidden: int, itemsize: i
         return Tile(min(rows, 64), triton.side(width, 16), triton.side(hidden, 32), 4, 2)
     columns = triton.side(hidden, 128 if rows == 128 else 64)
     return Tile(rows, triton.side(width, 64), columns, 8 if rows * columns > 128 * 64 else 4, 3)
+
+
+def _fitted_up(tile: Tile, rows_per_group: int, width: int, hidden: int, save_hidden: int, itemsize: int) -> Tile:
+    del rows_per_group, save_hidden
+    tile = triton.fitted(tile, contracted=width, out=hidden)
+    triton.require_room(tile.stages * tile.contracted * (tile.rows + 2 * tile.out) * itemsize)
+    return tile
+
+
+UP = Tiling(
+    "moe_up",
+    Tile,
+    lambda rows_per_group, width, hidden, save_hidden, itemsize, chip: up_tile(
+        rows_per_group, 1, width, hidden, itemsize
+    ),
+    _fitted_up,
+)
 
 
 def _kernel(group, start, stop, token, x, weights, activation, *hidden, tile, groups):
@@ -85,7 +103,14 @@ def up(
     num_rows, width = token.shape[0], x.shape[1]
     groups, _, fused = w_gate_up.shape
     hidden_width, itemsize = fused // 2, x.dtype.itemsize
-    tile = up_tile(num_rows, groups, width, hidden_width, itemsize)
+    tile = UP.choose(
+        x.dtype,
+        target.chip,
+        rows_per_group=num_rows // groups,
+        width=width,
+        hidden=hidden_width,
+        save_hidden=int(save_hidden),
+    )
     tiles, columns = most_tiles(num_rows, groups, tile.rows), tiles_of(hidden_width, tile.out)
     out_widths = [hidden_width, fused] if save_hidden else [hidden_width]
     outs = pl.pallas_call(
@@ -110,6 +135,23 @@ def hidden_gradient_tile(num_rows: int, num_groups: int, width: int, hidden: int
     if itemsize == 4:
         return Tile(min(rows, 64), triton.side(width, 16), triton.side(hidden, 32), 4, 2)
     return Tile(rows, triton.side(width, 64), triton.side(hidden, 64 if rows == 128 else 128), 8 if rows > 16 else 4, 3)
+
+
+def _fitted_hidden_gradient(tile: Tile, rows_per_group: int, width: int, hidden: int, itemsize: int) -> Tile:
+    del rows_per_group
+    tile = triton.fitted(tile, contracted=width, out=hidden)
+    triton.require_room(tile.stages * tile.contracted * (tile.rows + tile.out) * itemsize)
+    return tile
+
+
+HIDDEN_GRADIENT = Tiling(
+    "hidden_gradient",
+    Tile,
+    lambda rows_per_group, width, hidden, itemsize, chip: hidden_gradient_tile(
+        rows_per_group, 1, width, hidden, itemsize
+    ),
+    _fitted_hidden_gradient,
+)
 
 
 def _hidden_gradient_kernel(
@@ -174,7 +216,9 @@ def hidden_gradient(
     num_rows, width = token.shape[0], y_gradient.shape[1]
     groups, hidden_width, _ = w_down.shape
     itemsize = y_gradient.dtype.itemsize
-    tile = hidden_gradient_tile(num_rows, groups, width, hidden_width, itemsize)
+    tile = HIDDEN_GRADIENT.choose(
+        hidden.dtype, target.chip, rows_per_group=num_rows // groups, width=width, hidden=hidden_width
+    )
     tiles, columns = most_tiles(num_rows, groups, tile.rows), tiles_of(hidden_width, tile.out)
     weighted, gradient, gate_parts = pl.pallas_call(
         functools.partial(_hidden_gradient_kernel, tile=tile, groups=groups),

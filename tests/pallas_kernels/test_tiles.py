@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import mosaic, tiles
+from pallas_kernels import cases, mosaic, tiles
 from pallas_kernels.combine.mosaic_tpu import COMBINE
 from pallas_kernels.dispatch.mosaic_tpu import DISPATCH
+from pallas_kernels.execution import Target
 from pallas_kernels.grouped_matmul.mosaic_tpu import PRODUCT, WEIGHT_GRADIENT
 from pallas_kernels.moe_mlp.mosaic_tpu import HIDDEN_GRADIENT, UP
 
@@ -107,6 +108,18 @@ def test_the_packaged_table_is_one():
 ALL_SIZES = [
     *itertools.product((1, 100, 4096), (128, 200, 1024, 8192), (128, 136, 1024, 4096), ("bfloat16", "float32"))
 ]
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_the_rules_tile_and_some_of_its_neighbours_fit(backend):
+    """So that a table may name them."""
+    shape = cases.Shape(512, 2, 4, 256, 512)
+    for case in cases.kernel_cases(shape, jnp.bfloat16, Target(backend, chip="h100" if backend == "gpu" else "v5e")):
+        candidates = case.tiling.candidates(jnp.bfloat16, None, **case.sizes)
+        assert len(candidates) > 1
+        for candidate in candidates:
+            tile = case.tiling.tile(**candidate)
+            assert case.tiling.fitted(tile, itemsize=2, **case.sizes) == tile
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
