@@ -220,10 +220,10 @@ def layer_case(shape: Shape, dtype, target: Target, *, recompute: bool = False) 
     """Forward and backward of `moe_mlp`."""
     tokens, k, experts, width, hidden = shape
 
-    def layer(x, expert_index, gate, w_gate_up, w_down, y_gradient):
+    def layer(x, expert_index, gate, w_gate_up, w_down, from_loss):
         call = functools.partial(moe_mlp, recompute=recompute, backend=target.backend)
         y, pull = jax.vjp(lambda x, g, u, d: call(x, expert_index, g, u, d), x, gate, w_gate_up, w_down)
-        return y, *pull(y_gradient)
+        return y, *pull(y + from_loss)  # a gradient comes after the output, as in training
 
     products = (4 if recompute else 3) * 2 * width * 2 * hidden + 3 * 2 * hidden * width
     return Case(
@@ -235,7 +235,7 @@ def layer_case(shape: Shape, dtype, target: Target, *, recompute: bool = False) 
             "gate": jax.ShapeDtypeStruct((tokens, k), jnp.float32),
             "w_gate_up": jax.ShapeDtypeStruct((experts, width, 2 * hidden), dtype),
             "w_down": jax.ShapeDtypeStruct((experts, hidden, width), dtype),
-            "y_gradient": jax.ShapeDtypeStruct((tokens, width), dtype),
+            "from_loss": jax.ShapeDtypeStruct((tokens, width), dtype),
         },
         shape.rows * products,
     )

@@ -29,9 +29,12 @@ class Tile(NamedTuple):
     out: int
 
 
-def row_tile(rows_per_group: int) -> int:
-    """M: 128 rows, 256 or 512 where the mean group has as many, so that weights are read less often."""
-    return next((size for size in (512, 256) if rows_per_group >= size), 128)
+def row_tile(rows_per_group: int, *, weights_stay: bool) -> int:
+    """M: 512, 256 or 128 rows, the most of which the mean group has four times as many, so that its first and last tile
+    waste little; or only twice, where a visit reads its weights (or its sums) again and longer tiles save that.
+    """
+    tiles_per_group = 4 if weights_stay else 2
+    return next((size for size in (512, 256) if rows_per_group >= tiles_per_group * size), 128)
 
 
 def _halved(width: int, limit: int) -> int:
@@ -58,7 +61,8 @@ def product_tile(
     """
     least = 1024 if in_lanes else mosaic.LANES
     outer = _halved(_half_for_each_core(out, chip, least), 2048)
-    tile = Tile(row_tile(rows_per_group), _halved(contracted, 4096), outer)
+    inner = _halved(contracted, 4096)
+    tile = Tile(row_tile(rows_per_group, weights_stay=inner == contracted), inner, outer)
     while _product_bytes(tile, itemsize) > mosaic.VMEM_BUDGET:
         rows, inner, outer = tile
         if outer > least and (outer > 512 or outer >= inner):
@@ -104,7 +108,7 @@ def weight_gradient_tile(rows_per_group: int, contracted: int, out: int, itemsiz
     outer = _halved(out, 1024)
     if contracted <= 1024 and outer == out:
         outer = _half_for_each_core(out, chip, mosaic.LANES)
-    return Tile(row_tile(rows_per_group), _halved(contracted, 1024), outer)
+    return Tile(row_tile(rows_per_group, weights_stay=False), _halved(contracted, 1024), outer)
 
 
 def _fitted_weight_gradient(tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int) -> Tile:

@@ -50,7 +50,10 @@ def _hidden_gradient_bytes(tile: Tile, width: int, hidden: int, itemsize: int) -
 
 
 def _first_that_fits(rows_per_group: int, hidden: int, bytes_of: Callable[[Tile], int]) -> Tile | None:
-    rows = row_tile(rows_per_group)
+    whole = Tile(row_tile(rows_per_group, weights_stay=True), hidden)
+    if hidden <= 1024 and hidden % mosaic.LANES == 0 and bytes_of(whole) <= mosaic.VMEM_BUDGET:
+        return whole
+    rows = row_tile(rows_per_group, weights_stay=False)
     while rows >= mosaic.LANES:
         for columns in (1024, 512, 256, 128):
             if hidden % columns == 0 and bytes_of(Tile(rows, columns)) <= mosaic.VMEM_BUDGET:
@@ -62,7 +65,8 @@ def _first_that_fits(rows_per_group: int, hidden: int, bytes_of: Callable[[Tile]
 def up_tile(
     rows_per_group: int, width: int, hidden: int, save_hidden: int, itemsize: int, chip: str | None
 ) -> Tile | None:
-    """The most of 1024, ..., 128 columns that divides F and leaves room in VMEM, of fewer rows if need be.
+    """All columns up to 1024, or the most of 1024, ..., 128 that divides F and leaves room in VMEM, of fewer rows if
+    need be.
 
     None where F is no multiple of 128 or no such tile fits: then it runs as gather, product and activation.
     """

