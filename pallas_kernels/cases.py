@@ -91,7 +91,7 @@ class Case:
                 return rng.permutation(like.size).reshape(like.shape)
             if name == "num_routed":
                 return next(a for n, a in self.arguments.items() if n in ("token", "inverse")).size
-            return rng.standard_normal(like.shape, np.float32)
+            return jax.random.normal(jax.random.key(seed), like.shape, like.dtype)
 
         return [jnp.asarray(array(name, like), like.dtype) for name, like in self.arguments.items()]
 

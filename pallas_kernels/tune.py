@@ -47,7 +47,11 @@ def measured(
 ) -> dict[str, Any] | None:
     """The table's entry for a case: its fastest tile. None where no tile of it runs."""
     tiling = case.tiling
-    inputs = case.inputs()
+    try:
+        inputs = case.inputs()
+    except jax.errors.JaxRuntimeError as error:
+        report(f"  its arrays do not fit this device: {str(error).splitlines()[0][:200]}")
+        return None
     times: dict[tuple, float] = {}
     candidates = tiling.candidates(dtype, chip, **case.sizes)
     for tile in candidates:
