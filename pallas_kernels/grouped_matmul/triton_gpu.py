@@ -58,13 +58,23 @@ def weight_gradient_tile(num_rows: int, num_groups: int, width: int, out: int, i
     return Tile(triton.side(mean, 64), triton.side(width, 128), triton.side(out, 128), 8, 3)
 
 
-def _fitted(tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int) -> Tile:
-    del rows_per_group
-    tile = triton.fitted(tile, contracted=contracted, out=out)
+def _cut(tile: Tile, contracted: int, out: int) -> Tile:
     if tile.rows < triton.SMALLEST_SIDE:
         raise Misfit(f"rows={tile.rows}; at least {triton.SMALLEST_SIDE} are multiplied.")
-    inner = max(tile.rows * tile.contracted + tile.contracted * tile.out, tile.rows * (tile.contracted + tile.out))
-    triton.require_room(tile.stages * inner * itemsize)
+    return triton.fitted(tile, contracted=contracted, out=out)
+
+
+def _fitted_product(tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int) -> Tile:
+    del rows_per_group
+    tile = _cut(tile, contracted, out)
+    triton.require_room(tile.stages * tile.contracted * (tile.rows + tile.out) * itemsize)
+    return tile
+
+
+def _fitted_weight_gradient(tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int) -> Tile:
+    del rows_per_group
+    tile = _cut(tile, contracted, out)
+    triton.require_room(tile.stages * tile.rows * (tile.contracted + tile.out) * itemsize)
     return tile
 
 
@@ -72,7 +82,7 @@ PRODUCT = Tiling(
     "grouped_matmul",
     Tile,
     lambda rows_per_group, contracted, out, itemsize, chip: product_tile(rows_per_group, 1, contracted, out, itemsize),
-    _fitted,
+    _fitted_product,
 )
 WEIGHT_GRADIENT = Tiling(
     "weight_gradient",
@@ -80,7 +90,7 @@ WEIGHT_GRADIENT = Tiling(
     lambda rows_per_group, contracted, out, itemsize, chip: weight_gradient_tile(
         rows_per_group, 1, contracted, out, itemsize
     ),
-    _fitted,
+    _fitted_weight_gradient,
 )
 
 
