@@ -13,7 +13,7 @@ study: $(VENV)/.ready
 	$(BIN)/python -m experiments.run --config=$(CONFIG) --workdir=$(WORKDIR)
 	@$(BIN)/python -m experiments.report --workdir=$(WORKDIR)
 
-test: $(VENV)/.ready $(VENV)/.compilers
+test: $(VENV)/.ready $(VENV)/.compilers $(VENV)/compilers
 	$(BIN)/ruff check .
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -q
 
@@ -24,10 +24,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# The TPU compiler, to compile kernels for chips that are not here. Without it those tests say that they are skipped.
+# The compilers of TPU and GPU, to compile kernels for chips that are not here. Without one its tests say that they are
+# skipped. The GPU's stays out of site-packages, where jax would take it for a GPU to run on.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
 $(VENV)/.compilers: $(VENV)/.ready
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[compile]' \
-		&& touch $@
+	-$(PIP_INSTALL) --editable '.[compile]' && touch $@
+
+$(VENV)/compilers: $(VENV)/.ready
+	-$(PIP_INSTALL) --upgrade --no-deps --target $@ jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 && touch $@
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

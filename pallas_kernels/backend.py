@@ -7,11 +7,11 @@ import types
 
 from pallas_kernels import execution
 
-BACKENDS = ("reference", "cpu", "tpu", "ragged_dot")
-"""`reference`: the definitions, dense over E; `cpu`: windows and blocks in XLA; `tpu`: Pallas kernels;
-`ragged_dot`: `jax.lax.ragged_dot`."""
+BACKENDS = ("reference", "cpu", "tpu", "gpu", "ragged_dot")
+"""`reference`: the definitions, dense over E; `cpu`: windows and blocks in XLA; `tpu`, `gpu`: Pallas kernels by
+Mosaic and Triton; `ragged_dot`: `jax.lax.ragged_dot`."""
 
-_KERNEL_MODULES = {"tpu": "mosaic_tpu"}
+_KERNEL_MODULES = {"tpu": "mosaic_tpu", "gpu": "triton_gpu"}
 
 _logger = logging.getLogger(__name__)
 
@@ -20,8 +20,8 @@ def resolved_backend(backend: str = "auto") -> str:
     """The backend that a call with this argument runs.
 
     Args:
-      backend: one of `BACKENDS`, or `auto`: `cpu` or `tpu` where that is the platform (`jax.default_backend()`, or
-        that of the chip of `compiling_for`), else `ragged_dot`. The choice is made and logged once per platform.
+      backend: one of `BACKENDS`, or `auto`: `cpu`, `tpu` or `gpu` where that is the platform (`jax.default_backend()`,
+        or that of the chip of `compiling_for`), else `ragged_dot`. The choice is made and logged once per platform.
 
     Raises:
       ValueError: an unknown name.
@@ -35,12 +35,12 @@ def resolved_backend(backend: str = "auto") -> str:
 
 @functools.cache
 def _backend_of_platform(platform: str) -> str:
-    if platform in ("cpu", "tpu"):
+    if platform in ("cpu", "tpu", "gpu"):
         _logger.info("backend 'auto' is %r on platform %r", platform, platform)
         return platform
     _logger.warning(
-        "backend 'auto' is 'ragged_dot' on platform %r: its weight gradient is a dense expansion over all experts "
-        "(E times the work), until the Pallas kernels of this platform are in",
+        "backend 'auto' is 'ragged_dot' on platform %r, which has no Pallas kernels here: its weight gradient is a "
+        "dense expansion over all experts (E times the work)",
         platform,
     )
     return "ragged_dot"

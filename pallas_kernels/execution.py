@@ -25,8 +25,10 @@ TPU_CHIPS = {
 CHIPS = {"v5e": "tpu", "v5p": "tpu", "v6e": "tpu", "tpu7x": "tpu", "h100": "gpu"}
 """Chips that kernels can be compiled for without having one, and their backends."""
 
-PLATFORMS = {"tpu": ("tpu",)}
+PLATFORMS = {"tpu": ("tpu",), "gpu": ("gpu",)}
 """Backends made of Pallas kernels, and the platforms that run them."""
+
+_HARDWARE = {"tpu": "TPU", "gpu": "NVIDIA GPUs of compute capability 8.0 or newer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +84,23 @@ def compiling_for(chip: str) -> Iterator[None]:
 
 
 def platform() -> str:
-    """The platform that `auto` resolves by: that of `compiling_for`, else `jax.default_backend()`."""
+    """The platform that `auto` resolves by: that of `compiling_for`, else `jax.default_backend()`.
+
+    A GPU that the kernels are not made for has a name of its own: JAX calls AMD's `gpu` too, and old ones have
+    neither bfloat16 products nor the shared memory of the tiles.
+    """
     context = _context.get()
-    return CHIPS[context.chip] if context is not None and context.chip else jax.default_backend()
+    if context is not None and context.chip:
+        return CHIPS[context.chip]
+    here = jax.default_backend()
+    if here == "gpu":
+        device = jax.devices()[0]
+        if "rocm" in device.client.platform_version.lower():
+            return "rocm"
+        capability = str(getattr(device, "compute_capability", "8.0"))
+        if float(capability) < 8.0:
+            return f"gpu of compute capability {capability}"
+    return here
 
 
 def target_of(backend: str) -> Target:
@@ -101,7 +117,7 @@ def target_of(backend: str) -> Target:
     here = platform()
     if here not in PLATFORMS[backend]:
         raise ValueError(
-            f"backend={backend!r} runs on {backend.upper()} but the platform is {here!r}; choose backend='auto', "
+            f"backend={backend!r} runs on {_HARDWARE[backend]} but the platform is {here!r}; choose backend='auto', "
             f"or trace inside pallas_kernels.interpreted() or pallas_kernels.compiling_for(chip)."
         )
     return Target(backend, chip=context.chip if context is not None else _chip_at_hand())

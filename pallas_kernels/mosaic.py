@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.execution import Target
+from pallas_kernels.tiles import Misfit
 
 LANES = 128
 
@@ -18,6 +19,22 @@ VMEM_LIMIT = 64 * 2**20
 
 VMEM_BUDGET = 40 * 2**20
 """Bytes that tiles are chosen to fill, the rest being the compiler's."""
+
+
+CORES = {"v5p": 2}
+"""Cores that share a kernel's `parallel` axes, where there is more than one to a device."""
+
+
+def require_room(needed: int) -> None:
+    """Raises `Misfit` if a tile needs more bytes of VMEM than a kernel may use."""
+    if needed > VMEM_LIMIT:
+        raise Misfit(f"it takes about {needed / 2**20:.0f} MiB of VMEM; at most {VMEM_LIMIT / 2**20:.0f} are used.")
+
+
+def require_multiple(name: str, number: int, of: int) -> None:
+    """Raises `Misfit` if a number of a tile is no multiple of what the layout needs."""
+    if number % of:
+        raise Misfit(f"{name}={number} is no multiple of {of}.")
 
 
 def compiler_params(*semantics: str) -> pltpu.CompilerParams:
@@ -36,7 +53,9 @@ def precision_of(dtype) -> jax.lax.Precision | None:
 
 
 def as_lanes(array: jax.Array) -> jax.Array:
-    """(T, D) as (T, ceil(D/128), 128), zeros where D ends."""
+    """(T, D) as (T, ceil(D/128), 128), zeros where D ends; what is laid out so already comes back as it is."""
+    if array.ndim == 3:
+        return array
     rows, width = array.shape
     padded = -(-width // LANES) * LANES
     if padded != width:

@@ -1,10 +1,15 @@
 """Chips that kernels are compiled for on a machine that has none: XLA's own compilers, without a device.
 
-Needs the `compile` extra: libtpu for TPU; jax's CUDA plugin and nvcc (for ptxas) for GPU.
+TPU needs libtpu (the `compile` extra). GPU needs jax's CUDA plugin, and nvcc for ptxas, in a folder of their own
+(`COMPILERS`): in site-packages of a machine without a GPU the plugin complains whenever jax starts.
 """
 
 import functools
+import importlib
+import importlib.util
 import os
+import pathlib
+import sys
 
 import jax
 from jax.experimental import topologies
@@ -12,6 +17,9 @@ from jax.sharding import Mesh
 
 TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 """The smallest topology of each chip that libtpu describes."""
+
+COMPILERS = pathlib.Path(os.environ.get("PALLAS_KERNELS_COMPILERS", pathlib.Path(sys.prefix) / "compilers"))
+"""Where `pip install --target` put jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12."""
 
 # What cudaGetDeviceProperties says of the card; XLA reads limits and speeds from here.
 _H100 = """
@@ -47,6 +55,33 @@ class CompilerMissing(RuntimeError):
 
 
 @functools.cache
+def use_gpu_compiler() -> None:
+    """Makes jax's CUDA plugin known, as a compiler: it is initialized after the backends, and becomes none of them.
+
+    Raises:
+      CompilerMissing: it is neither installed nor in `COMPILERS`.
+    """
+    jax.devices()  # the backends are settled, with an installed plugin among them where there is a GPU
+    if _has("jax_plugins.xla_cuda12") or _has("jax_plugins.xla_cuda13"):
+        return
+    sys.path.append(str(COMPILERS))
+    importlib.invalidate_caches()
+    if not _has("jax_plugins.xla_cuda12"):
+        sys.path.remove(str(COMPILERS))
+        raise CompilerMissing(
+            f"the compiler for GPU is not at hand; pip install --target {COMPILERS} --no-deps "
+            f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} nvidia-cuda-nvcc-cu12 brings it."
+        )
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the libraries that only a run needs are not there
+    importlib.import_module("jax_plugins.xla_cuda12").initialize()
+
+
+def _has(module: str) -> bool:
+    parent, _, _ = module.rpartition(".")
+    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None
+
+
+@functools.cache
 def mesh_of(chip: str) -> Mesh:
     """A mesh of one abstract device of the chip: arrays of this sharding lower and compile for it.
 
@@ -58,12 +93,13 @@ def mesh_of(chip: str) -> Mesh:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at once
     try:
         if chip == "h100":
+            use_gpu_compiler()
             description = topologies.get_topology_desc(
                 topology_name="h100", platform="cuda", target_config=_H100, topology="1x1x1"
             )
         else:
             description = topologies.get_topology_desc(TPU_TOPOLOGIES[chip], platform="tpu")
-    except KeyError:
+    except (KeyError, CompilerMissing):
         raise
     except Exception as error:
         raise CompilerMissing(

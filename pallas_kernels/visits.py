@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 
 class Visits(NamedTuple):
-    """Visits in the order of the rows; those past `count` repeat the last one and are to be skipped.
+    """Visits in the order of the rows; those past `count` repeat the last one.
 
     Attributes:
       group: (V,) int32; E stands for the rows of no group.
       tile: (V,) int32.
       offsets: (E+2,) int32, the first row of each group, of the rows of no group, and N.
-      count: (1,) int32.
+      count: () int32, how many there are: the size of the grid.
     """
 
     group: jax.Array
@@ -27,22 +27,29 @@ class Visits(NamedTuple):
     offsets: jax.Array
     count: jax.Array
 
+    @property
+    def prefetched(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What a kernel holds in scalar memory."""
+        return self.group, self.tile, self.offsets
+
 
 def tiles_of(num_rows: int, block: int) -> int:
     """ceil(N/M)."""
     return -(-num_rows // block)
 
 
-def visits_of(group_sizes: jax.Array, num_rows: int, block: int, *, of_groups: bool) -> Visits:
+def visits_of(
+    group_sizes: jax.Array, num_rows: int, block: int, *, of_groups: bool, empty_groups: bool = True
+) -> Visits:
     """The visits for groups of these sizes, (E,) int32.
 
     Args:
       group_sizes: their sum is at most N.
       num_rows: N.
       block: M.
-      of_groups: every group is visited, the empty ones too, and rows of no group are not (a kernel that writes one
-        result per group). Otherwise every tile is visited, those of no group too, and empty groups are not (one
-        result per row).
+      of_groups: rows of no group are not visited (a kernel that writes one result per group). Otherwise every tile is
+        visited, those of no group too, and empty groups are not (one result per row).
+      empty_groups: with `of_groups`, visit the groups without rows too, once; else there may be no visit at all.
     """
     num_groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
@@ -51,10 +58,11 @@ def visits_of(group_sizes: jax.Array, num_rows: int, block: int, *, of_groups: b
     stops = offsets[1:] if not of_groups else ends
     size = jnp.int32(block)
     first = jax.lax.div(starts, size)
-    needed = jnp.where(stops > starts, jax.lax.div(stops - 1, size) - first + 1, 1 if of_groups else 0)
+    of_empty = 1 if of_groups and empty_groups else 0
+    needed = jnp.where(stops > starts, jax.lax.div(stops - 1, size) - first + 1, of_empty)
     ending = jnp.cumsum(needed, dtype=jnp.int32)
-    count = ending[-1:]
-    visit = jnp.minimum(jnp.arange(tiles_of(num_rows, block) + num_groups, dtype=jnp.int32), count - 1)
-    group = jnp.sum(visit[:, None] >= ending, axis=1, dtype=jnp.int32)
+    count = ending[-1]
+    visit = jnp.minimum(jnp.arange(tiles_of(num_rows, block) + num_groups, dtype=jnp.int32), jnp.maximum(count, 1) - 1)
+    group = jnp.minimum(jnp.sum(visit[:, None] >= ending, axis=1, dtype=jnp.int32), needed.shape[0] - 1)
     tile = first[group] + visit - (ending - needed)[group]
-    return Visits(group, jnp.minimum(tile, tiles_of(num_rows, block) - 1), offsets, count)
+    return Visits(group, jnp.clip(tile, 0, tiles_of(num_rows, block) - 1), offsets, count)

@@ -48,7 +48,7 @@ class MoEConfig:
     router_z_coefficient: float = 1e-3
     auxiliary_reduction: Literal["sum", "mean"] = "sum"
     capacity_factor: float | None = None
-    backend: Literal["auto", "reference", "cpu", "tpu", "ragged_dot"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "tpu", "gpu", "ragged_dot"] = "auto"
 
     def __post_init__(self):
         require_non_negative(self, "num_experts", "load_balance_coefficient", "router_z_coefficient")

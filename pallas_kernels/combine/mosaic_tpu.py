@@ -4,6 +4,7 @@ T tokens, K experts per token, D width, N rows, M tokens per block, L = D/128.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,36 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.execution import Target
+from pallas_kernels.tiles import Tiling
 from pallas_kernels.visits import tiles_of
 
 
-def tokens_per_block(experts_per_token: int, width: int, itemsize: int) -> int:
-    """M: 256 tokens, fewer (at least 16) where two buffers of their K rows would fill half of VMEM."""
-    block = 256
-    while block > 16 and 2 * experts_per_token * block * width * itemsize > mosaic.VMEM_BUDGET // 2:
-        block //= 2
-    return block
+class Tile(NamedTuple):
+    """M."""
+
+    tokens: int
+
+
+def _bytes(tile: Tile, experts_per_token: int, width: int, itemsize: int) -> int:
+    return tile.tokens * width * (2 * experts_per_token * itemsize + 2 * itemsize + 8)
+
+
+def combine_tile(experts_per_token: int, width: int, itemsize: int, chip: str | None) -> Tile:
+    """256 tokens, fewer (at least 16) where two buffers of their K rows would fill half of VMEM."""
+    del chip
+    tokens = 256
+    while tokens > 16 and _bytes(Tile(tokens), experts_per_token, width, itemsize) > mosaic.VMEM_BUDGET // 2:
+        tokens //= 2
+    return Tile(tokens)
+
+
+def _fitted(tile: Tile, experts_per_token: int, width: int, itemsize: int) -> Tile:
+    mosaic.require_multiple("tokens", tile.tokens, 16)
+    mosaic.require_room(_bytes(tile, experts_per_token, width, itemsize))
+    return tile
+
+
+COMBINE = Tiling("combine", Tile, combine_tile, _fitted)
 
 
 def _kernel(num_routed, index, next_index, inverse, *arguments, experts_per_token, width, weighted):
@@ -64,9 +86,9 @@ def sum_rows(
       (T, D) in the dtype of rows.
     """
     tokens, k = inverse.shape
-    lanes = rows if rows.ndim == 3 else mosaic.as_lanes(rows)
+    lanes = mosaic.as_lanes(rows)
     width = rows.shape[1] if rows.ndim == 2 else rows.shape[1] * rows.shape[2]
-    block = tokens_per_block(k, width, rows.dtype.itemsize)
+    block = COMBINE.choose(rows.dtype, target.chip, experts_per_token=k, width=width).tokens
     blocks = tiles_of(tokens, block)
     # The order of the copies: a block's first choices, then its second ones, and so on.
     index = jnp.pad(inverse, ((0, blocks * block - tokens), (0, 0)))

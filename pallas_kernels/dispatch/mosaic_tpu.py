@@ -6,6 +6,7 @@ T tokens, D width, N rows, M rows per block, L = D/128.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,34 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.execution import Target
+from pallas_kernels.tiles import Tiling
 from pallas_kernels.visits import tiles_of
 
 
-def rows_per_block(num_rows: int, width: int, itemsize: int) -> int:
-    """M: 256 rows, fewer where three buffers of them would fill VMEM."""
-    block = 256
-    while block > 128 and 6 * block * width * itemsize > mosaic.VMEM_BUDGET:
-        block //= 2
-    return block
+class Tile(NamedTuple):
+    """M."""
+
+    rows: int
+
+
+def _bytes(tile: Tile, width: int, itemsize: int) -> int:
+    return 6 * tile.rows * width * itemsize
+
+
+def dispatch_tile(width: int, itemsize: int, chip: str | None) -> Tile:
+    """256 rows, 128 where three buffers of them would fill VMEM."""
+    del chip
+    tile = Tile(256)
+    return tile if _bytes(tile, width, itemsize) <= mosaic.VMEM_BUDGET else Tile(128)
+
+
+def _fitted(tile: Tile, width: int, itemsize: int) -> Tile:
+    mosaic.require_multiple("rows", tile.rows, mosaic.LANES)
+    mosaic.require_room(_bytes(tile, width, itemsize))
+    return tile
+
+
+DISPATCH = Tiling("dispatch", Tile, dispatch_tile, _fitted)
 
 
 def _kernel(num_routed, index, next_index, x, out, buffer, semaphore, *, width):
@@ -49,7 +69,7 @@ def gather_tokens(x: jax.Array, token: jax.Array, num_routed: jax.Array, target:
     """Row n is x[token[n]], zero from num_routed on.
 
     Args:
-      x: (T, D).
+      x: (T, D), or (T, L, 128) as `mosaic.as_lanes` lays it out where D is a multiple of 128.
       token: (N,) int32 in [0, T).
       num_routed: () int32.
       target: of backend `tpu`.
@@ -57,9 +77,9 @@ def gather_tokens(x: jax.Array, token: jax.Array, num_routed: jax.Array, target:
     Returns:
       (N, D) in the dtype of x.
     """
-    num_rows, width = token.shape[0], x.shape[1]
     lanes = mosaic.as_lanes(x)
-    block = rows_per_block(num_rows, width, x.dtype.itemsize)
+    num_rows, width = token.shape[0], x.shape[1] if x.ndim == 2 else lanes.shape[1] * mosaic.LANES
+    block = DISPATCH.choose(x.dtype, target.chip, width=width).rows
     blocks = tiles_of(num_rows, block)
     token = mosaic.pad_to(token, blocks * block)
     return pl.pallas_call(

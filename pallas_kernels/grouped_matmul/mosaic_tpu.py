@@ -1,7 +1,8 @@
 """`grouped_matmul` on TPU: a tile of rows meets the matrix of each group that has rows in it.
 
-The grid walks the visits of `pallas_kernels.visits`; consecutive visits of one tile share its output block, which stays
-in VMEM until the last of them, and consecutive visits of one group share its weights.
+The grid walks the visits of `pallas_kernels.visits`, as many as the sizes of the groups make; consecutive visits of one
+tile share its output block, which stays in VMEM until the last of them, and consecutive visits of one group share its
+weights.
 
 N rows, D contracted width, F output width, E groups, V visits; M, BD, BF the tile's rows, contracted and output width.
 """
@@ -16,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.execution import Target
+from pallas_kernels.tiles import Tiling
 from pallas_kernels.visits import tiles_of, visits_of
 
 
@@ -27,10 +29,12 @@ class Tile(NamedTuple):
     out: int
 
 
-def row_tile(num_rows: int, num_groups: int) -> int:
-    """M: 128 rows, 256 or 512 where the mean group has as many, so that weights are read less often."""
-    mean = num_rows // num_groups
-    return next((size for size in (512, 256) if mean >= size), 128)
+def row_tile(rows_per_group: int, *, weights_stay: bool) -> int:
+    """M: 512, 256 or 128 rows, the most of which the mean group has four times as many, so that its first and last tile
+    waste little; or only twice, where a visit reads its weights (or its sums) again and longer tiles save that.
+    """
+    tiles_per_group = 4 if weights_stay else 2
+    return next((size for size in (512, 256) if rows_per_group >= tiles_per_group * size), 128)
 
 
 def _halved(width: int, limit: int) -> int:
@@ -42,15 +46,33 @@ def _next_smaller(width: int) -> int:
     return 1 << ((width - 1).bit_length() - 1)
 
 
-def product_tile(num_rows: int, num_groups: int, contracted: int, out: int, itemsize: int) -> Tile:
-    """The whole contracted width where it fits, and as much of the output as VMEM has room for."""
-    tile = Tile(row_tile(num_rows, num_groups), _halved(contracted, 4096), _halved(out, 2048))
+def _half_for_each_core(width: int, chip: str | None, least: int) -> int:
+    """The width of one core's share where cores divide the outputs, a multiple of `least`; else all of it."""
+    share = -(-width // (mosaic.CORES.get(chip, 1) * least)) * least
+    return share if share < width else width
+
+
+def product_tile(
+    rows_per_group: int, contracted: int, out: int, in_lanes: int, itemsize: int, chip: str | None
+) -> Tile:
+    """The whole contracted width where it fits, and as much of the output as VMEM has room for.
+
+    Part of a width is a multiple of 128; of an output laid out for fetching rows (`in_lanes`), of 1024.
+    """
+    least = 1024 if in_lanes else mosaic.LANES
+    outer = _halved(_half_for_each_core(out, chip, least), 2048)
+    inner = _halved(contracted, 4096)
+    tile = Tile(row_tile(rows_per_group, weights_stay=inner == contracted), inner, outer)
     while _product_bytes(tile, itemsize) > mosaic.VMEM_BUDGET:
         rows, inner, outer = tile
-        if outer > 512 or (outer >= inner and outer > 128):
-            tile = Tile(rows, inner, _next_smaller(outer))
-        elif inner > 128:
+        if outer > least and (outer > 512 or outer >= inner):
+            tile = Tile(rows, inner, max(least, _next_smaller(outer)))
+        elif inner > mosaic.LANES:
             tile = Tile(rows, _next_smaller(inner), outer)
+        elif outer > least:
+            tile = Tile(rows, inner, max(least, _next_smaller(outer)))
+        elif rows > 8:
+            tile = Tile(rows // 2, inner, outer)
         else:
             break
     return tile
@@ -62,10 +84,44 @@ def _product_bytes(tile: Tile, itemsize: int) -> int:
     return (2 * itemsize + split) * (rows * inner + inner * outer) + (2 * itemsize + 8) * rows * outer
 
 
-def weight_gradient_tile(num_rows: int, num_groups: int, width: int, out: int, itemsize: int) -> Tile:
+def _cut(tile: Tile, contracted: int, out: int, least_out: int) -> Tile:
+    tile = Tile(tile.rows, min(tile.contracted, contracted), min(tile.out, out))
+    mosaic.require_multiple("rows", tile.rows, 16)
+    if tile.contracted < contracted:
+        mosaic.require_multiple("contracted", tile.contracted, mosaic.LANES)
+    if tile.out < out:
+        mosaic.require_multiple("out", tile.out, least_out)
+    return tile
+
+
+def _fitted_product(
+    tile: Tile, rows_per_group: int, contracted: int, out: int, in_lanes: int, itemsize: int
+) -> Tile:
+    del rows_per_group
+    tile = _cut(tile, contracted, out, 1024 if in_lanes else mosaic.LANES)
+    mosaic.require_room(_product_bytes(tile, itemsize))
+    return tile
+
+
+def weight_gradient_tile(rows_per_group: int, contracted: int, out: int, itemsize: int, chip: str | None) -> Tile:
     """Up to 1024 x 1024 of a gradient at a time: it is summed in float32 in VMEM."""
-    del itemsize
-    return Tile(row_tile(num_rows, num_groups), _halved(width, 1024), _halved(out, 1024))
+    outer = _halved(out, 1024)
+    if contracted <= 1024 and outer == out:
+        outer = _half_for_each_core(out, chip, mosaic.LANES)
+    return Tile(row_tile(rows_per_group, weights_stay=False), _halved(contracted, 1024), outer)
+
+
+def _fitted_weight_gradient(tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int) -> Tile:
+    del rows_per_group
+    tile = _cut(tile, contracted, out, mosaic.LANES)
+    rows, inner, outer = tile
+    split = 6 if itemsize == 4 else 0
+    mosaic.require_room((2 * itemsize + split) * rows * (inner + outer) + (2 * itemsize + 8) * inner * outer)
+    return tile
+
+
+PRODUCT = Tiling("grouped_matmul", Tile, product_tile, _fitted_product)
+WEIGHT_GRADIENT = Tiling("weight_gradient", Tile, weight_gradient_tile, _fitted_weight_gradient)
 
 
 def _inside(tile, rows, start, stop, shape):
@@ -73,15 +129,14 @@ def _inside(tile, rows, start, stop, shape):
     return (row >= start) & (row < stop)
 
 
-def _product_kernel(group, tile, offsets, count, rows, weights, out, *scratch, transpose, width, contracted, groups):
+def _product_kernel(group, tile, offsets, rows, weights, out, *scratch, transpose, width, contracted, groups):
     visit, step = pl.program_id(1), pl.program_id(2)
     last_step = pl.num_programs(2) - 1
-    active = visit < count[0]
     this_group, this_tile = group[visit], tile[visit]
-    routed = active & (this_group < groups)
+    routed = this_group < groups
     new_tile = (visit == 0) | (tile[jnp.maximum(visit - 1, 0)] != this_tile)
 
-    @pl.when(active & new_tile & (step == 0))
+    @pl.when(new_tile & (step == 0))
     def _():
         out[...] = jnp.zeros_like(out)
 
@@ -150,9 +205,14 @@ def product(
     num_rows, width = rows.shape
     groups, out_width = weights.shape[0], weights.shape[1 if transpose_weights else 2]
     itemsize = rows.dtype.itemsize
-    tile = product_tile(num_rows, groups, width, out_width, itemsize)
-    if in_lanes and tile.out != out_width and tile.out % 1024:
-        tile = tile._replace(out=1024, contracted=_halved(width, 2048))
+    tile = PRODUCT.choose(
+        rows.dtype,
+        target.chip,
+        rows_per_group=num_rows // groups,
+        contracted=width,
+        out=out_width,
+        in_lanes=int(in_lanes),
+    )
     steps = tiles_of(width, tile.contracted)
     visits = visits_of(group_sizes, num_rows, tile.rows, of_groups=False)
 
@@ -175,15 +235,19 @@ def product(
     else:
         out_shape = (num_rows, out_width)
         out_spec = pl.BlockSpec((tile.rows, tile.out), lambda f, v, d, group, tile, *_: (tile[v], f))
-    outs = tiles_of(out_width, tile.out)
+    outs, most_visits = tiles_of(out_width, tile.out), visits.group.shape[0]
+    if steps == 1:  # consecutive visits share what they have in common
+        read = outs * num_rows * width + weights.size
+    else:
+        read = most_visits * width * (outs * tile.rows + out_width)
     return pl.pallas_call(
         functools.partial(
             _product_kernel, transpose=transpose_weights, width=width, contracted=tile.contracted, groups=groups
         ),
         out_shape=jax.ShapeDtypeStruct(out_shape, rows.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(outs, visits.group.shape[0], steps),
+            num_scalar_prefetch=3,
+            grid=(outs, visits.count, steps),
             in_specs=[
                 pl.BlockSpec((tile.rows, tile.contracted), lambda f, v, d, group, tile, *_: (tile[v], d)),
                 weights_spec,
@@ -193,29 +257,29 @@ def product(
         ),
         compiler_params=mosaic.compiler_params("parallel", "arbitrary", "arbitrary"),
         cost_estimate=pl.CostEstimate(
-            flops=2 * visits.group.shape[0] * tile.rows * width * out_width,
+            flops=2 * most_visits * tile.rows * width * out_width,
             transcendentals=0,
-            bytes_accessed=itemsize * (outs * num_rows * width + weights.size + num_rows * out_width),
+            bytes_accessed=itemsize * (read + num_rows * out_width),
         ),
         interpret=mosaic.interpret_of(target),
         name="grouped_matmul_tpu",
-    )(*visits, rows, weights)
+    )(*visits.prefetched, rows, weights)
 
 
-def _weight_gradient_kernel(group, tile, offsets, count, rows, gradient, out, total):
+def _weight_gradient_kernel(group, tile, offsets, count, rows, gradient, *refs):
+    *previous, out, total = refs
     visit = pl.program_id(2)
-    last_visit = pl.num_programs(2) - 1
     active = visit < count[0]
     this_group, this_tile = group[visit], tile[visit]
     start, stop = offsets[this_group], offsets[this_group + 1]
     first = (visit == 0) | (group[jnp.maximum(visit - 1, 0)] != this_group)
-    last = (visit == count[0] - 1) | (group[jnp.minimum(visit + 1, last_visit)] != this_group)
+    last = (visit >= count[0] - 1) | (group[jnp.minimum(visit + 1, pl.num_programs(2) - 1)] != this_group)
     begin = this_tile * rows.shape[0]
     whole = (start <= begin) & (stop >= begin + rows.shape[0])
 
-    @pl.when(active & first)
+    @pl.when(first)
     def _():
-        total[...] = jnp.zeros_like(total)
+        total[...] = previous[0][...].astype(jnp.float32) if previous else jnp.zeros_like(total)
 
     def outer(left, right):
         total[...] += jax.lax.dot_general(
@@ -238,41 +302,57 @@ def _weight_gradient_kernel(group, tile, offsets, count, rows, gradient, out, to
     def _():
         outer(own(rows), own(gradient))
 
-    @pl.when(active & last)
+    @pl.when(last)
     def _():
         out[...] = total[...].astype(out.dtype)
 
 
 def weight_gradient(
-    rows: jax.Array, out_gradient: jax.Array, group_sizes: jax.Array, target: Target
+    rows: jax.Array,
+    out_gradient: jax.Array,
+    group_sizes: jax.Array,
+    target: Target,
+    *,
+    previous: jax.Array | None = None,
 ) -> jax.Array:
-    """(N, D), (N, F) to (E, D, F) in the dtype of rows: each group's outer products, summed in float32."""
+    """(N, D), (N, F) to (E, D, F) in the dtype of rows: each group's outer products, summed in float32.
+
+    Args:
+      previous: (E, D, F) of other rows, to be added to in place. Only what belongs to groups with rows is touched.
+    """
     num_rows, width = rows.shape
     groups, out_width = group_sizes.shape[0], out_gradient.shape[1]
     itemsize = rows.dtype.itemsize
-    tile = weight_gradient_tile(num_rows, groups, width, out_width, itemsize)
-    visits = visits_of(group_sizes, num_rows, tile.rows, of_groups=True)
+    tile = WEIGHT_GRADIENT.choose(
+        rows.dtype, target.chip, rows_per_group=num_rows // groups, contracted=width, out=out_width
+    )
+    visits = visits_of(group_sizes, num_rows, tile.rows, of_groups=True, empty_groups=previous is None)
     widths, outs = tiles_of(width, tile.contracted), tiles_of(out_width, tile.out)
+    most_visits = visits.group.shape[0]
+    of_group = pl.BlockSpec((None, tile.contracted, tile.out), lambda d, f, v, group, *_: (group[v], d, f))
+    operands = [rows, out_gradient] if previous is None else [rows, out_gradient, previous]
     return pl.pallas_call(
         _weight_gradient_kernel,
         out_shape=jax.ShapeDtypeStruct((groups, width, out_width), rows.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(widths, outs, visits.group.shape[0]),
+            grid=(widths, outs, jnp.maximum(visits.count, 1)),
             in_specs=[
                 pl.BlockSpec((tile.rows, tile.contracted), lambda d, f, v, group, tile, *_: (tile[v], d)),
                 pl.BlockSpec((tile.rows, tile.out), lambda d, f, v, group, tile, *_: (tile[v], f)),
+                *([] if previous is None else [of_group]),
             ],
-            out_specs=pl.BlockSpec((None, tile.contracted, tile.out), lambda d, f, v, group, *_: (group[v], d, f)),
+            out_specs=of_group,
             scratch_shapes=[pltpu.VMEM((tile.contracted, tile.out), jnp.float32)],
         ),
+        input_output_aliases={} if previous is None else {6: 0},  # after four arrays of visits and two operands
         compiler_params=mosaic.compiler_params("parallel", "parallel", "arbitrary"),
         cost_estimate=pl.CostEstimate(
-            flops=2 * visits.group.shape[0] * tile.rows * width * out_width,
+            flops=2 * most_visits * tile.rows * width * out_width,
             transcendentals=0,
             bytes_accessed=itemsize
             * (outs * num_rows * width + widths * num_rows * out_width + groups * width * out_width),
         ),
         interpret=mosaic.interpret_of(target),
         name="weight_gradient_tpu",
-    )(*visits, rows, out_gradient)
+    )(*visits.prefetched, visits.count.reshape(1), *operands)

@@ -42,7 +42,7 @@ def moe_mlp(
       plan: of `make_plan` for the same index, if it is there already; then without mask and capacity, which it
         holds.
       recompute: keep nothing but the inputs for the backward pass, which computes the up product again
-        (backends `cpu` and `tpu`; the others keep what autodiff keeps).
+        (backends `cpu`, `tpu` and `gpu`; the others keep what autodiff keeps).
       backend: `auto` or one of `BACKENDS`.
 
     Returns:

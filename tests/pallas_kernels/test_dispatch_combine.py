@@ -1,5 +1,7 @@
 """Dispatch and combine against their definitions, and against each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import combine, dispatch, make_plan
+from pallas_kernels import BACKENDS, combine, dispatch, make_plan
 from pallas_kernels.combine import reference as combine_reference
 from pallas_kernels.dispatch import reference as dispatch_reference
+from pallas_kernels.execution import PLATFORMS
 
 TOKENS, CHOICES, EXPERTS, WIDTH = 12, 3, 5, 4
 indices = hnp.arrays(np.int32, (TOKENS, CHOICES), elements=st.integers(-1, EXPERTS))
@@ -107,6 +110,27 @@ def test_rows_past_the_groups_do_not_count_and_get_no_gradient(expert_index):
     assert np.isfinite(gate_gradient).all()
     np.testing.assert_array_equal(rows_gradient[routed:], 0)
     np.testing.assert_array_equal(np.asarray(gate_gradient)[np.asarray(plan.expert) == EXPERTS], 0)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend in PLATFORMS])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_kernels_equal_the_definitions_with_gradients(backend, dtype, tolerance):
+    x, rows, gate = arrays(dtype)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def pulled(dispatch, combine, plan):
+        def both(x, rows, gate):
+            return dispatch(x, plan), combine(rows, plan, gate)
+
+        out, pull = jax.vjp(both, x, rows, gate)
+        return out, pull((rows, x))
+
+    kernels = functools.partial(dispatch, backend=backend), functools.partial(combine, backend=backend)
+    rng = np.random.default_rng(0)
+    for lowest, highest in ((-1, EXPERTS), (2, 2), (-1, -1), (0, EXPERTS - 1)):
+        plan = plan_of(rng.integers(lowest, highest + 1, (TOKENS, CHOICES)).astype(np.int32), EXPERTS)
+        expected = pulled(dispatch_reference.dispatch, combine_reference.combine, plan)
+        assert_trees_close(pulled(*kernels, plan), expected, tolerance)
 
 
 def test_no_tokens():

@@ -95,9 +95,10 @@ def test_backends_equal_a_loop_over_groups_in_bfloat16(backend, sizes):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_pattern_of_empty_groups(backend):
-    rows, weights, cotangent = arrays()
-    for present in itertools.product([0, 1], repeat=EXPERTS):
-        sizes = [size * here for size, here in zip([7, 18, 1, 14], present, strict=True)]
+    """Of eight, and so of fewer: the last ones are empty then."""
+    rows, weights, cotangent = arrays(experts=8)
+    for present in itertools.product([0, 1], repeat=8):
+        sizes = [size * here for size, here in zip([7, 1, 9, 3, 2, 11, 1, 5], present, strict=True)]
         actual = value_and_gradients(backend, rows, weights, sizes, cotangent)
         assert_close(actual, by_hand(rows, weights, sizes, cotangent), 1e-5)
 
@@ -189,7 +190,7 @@ def test_windows_and_blocks_hold_every_row_once(sizes, weights):
         (dict(group_sizes=np.ones(3, int)), "group_sizes names 3 groups but weights has E=4"),
         (dict(group_sizes=np.ones(4)), "group_sizes has dtype float64"),
         (dict(group_sizes=np.array([10, 20, 30, 0])), "with sum 60; .* at most N=40"),
-        (dict(backend="triton"), "backend='triton'; choose 'auto' or one of 'reference', 'cpu', 'tpu', 'ragged_dot'"),
+        (dict(backend="triton"), "backend='triton'; choose 'auto' or one of 'reference', 'cpu', 'tpu', 'gpu'"),
     ],
 )
 def test_misfits_are_refused(change, message):

@@ -2,6 +2,7 @@
 
 import contextvars
 import logging
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -22,7 +23,7 @@ def test_a_named_backend_is_itself(backend):
     assert resolved_backend(backend) == backend
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 def test_auto_is_the_platforms_own_and_logged_once(platform, monkeypatch, caplog):
     monkeypatch.setattr(execution.jax, "default_backend", lambda: platform)
     with caplog.at_level(logging.INFO, "pallas_kernels"):
@@ -30,7 +31,7 @@ def test_auto_is_the_platforms_own_and_logged_once(platform, monkeypatch, caplog
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
-@pytest.mark.parametrize("platform", ["gpu", "rocm"])
+@pytest.mark.parametrize("platform", ["rocm", "gpu of compute capability 7.0"])
 def test_auto_elsewhere_warns_once_of_the_dense_weight_gradient(platform, monkeypatch, caplog):
     monkeypatch.setattr(execution.jax, "default_backend", lambda: platform)
     with caplog.at_level(logging.INFO, "pallas_kernels"):
@@ -40,8 +41,25 @@ def test_auto_elsewhere_warns_once_of_the_dense_weight_gradient(platform, monkey
     assert "weight gradient is a dense expansion" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("version", "capability", "platform"),
+    [
+        ("cuda 12090", "9.0", "gpu"),
+        ("cuda 12090", "8.0", "gpu"),
+        ("cuda 12090", "7.5", "gpu of compute capability 7.5"),
+        ("rocm 60300", "gfx942", "rocm"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_kernels_is_another_platform(version, capability, platform, monkeypatch):
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(client=client, compute_capability=capability)
+    monkeypatch.setattr(execution.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(execution.jax, "devices", lambda: [device])
+    assert execution.platform() == platform
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'tpu', 'ragged_dot'"):
+    with pytest.raises(ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'tpu', 'gpu', 'ragged_dot'"):
         resolved_backend("fast")
 
 
@@ -58,6 +76,8 @@ def test_a_backend_on_another_platform_is_refused_with_what_would_work():
 def test_auto_is_resolved_for_the_chip_that_is_compiled_for():
     with compiling_for("v5p"):
         assert resolved_backend() == "tpu"
+    with compiling_for("h100"):
+        assert resolved_backend() == "gpu"
 
 
 def test_an_unknown_chip_is_refused_with_the_known_ones():

@@ -147,6 +147,20 @@ def test_other_sizes(backend, sizes):
         assert_close(compiled(backend)(expert_index, None, arguments), formula(expert_index, arguments))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("choices", range(1, SMALL.experts + 1))
+def test_every_number_of_experts_per_token(backend, choices):
+    """From one to all; half of the tokens masked."""
+    sizes = Sizes(tokens=20, choices=choices)
+    rng = np.random.default_rng(0)
+    expert_index = np.stack([rng.permutation(sizes.experts)[:choices] for _ in range(20)]).astype(np.int32)
+    mask = np.arange(20) % 2 == 0
+    arguments = arrays(sizes)
+    expected = formula(np.where(mask[:, None], expert_index, -1), arguments)
+    assert_close(compiled(backend)(expert_index, mask, arguments), expected)
+
+
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_a_hot_expert_beside_cold_ones(backend):
     """Nine tenths of the tokens choose expert 3: far beyond any window, nothing is dropped."""

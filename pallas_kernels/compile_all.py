@@ -1,0 +1,244 @@
+"""Compiles every Pallas kernel ahead of time, for chips that are not here, with the real compilers.
+
+    python -m pallas_kernels.compile_all                  # every kernel and layer, shape, dtype and chip: hours
+    python -m pallas_kernels.compile_all --sample         # the corners of the shapes: minutes a chip
+    python -m pallas_kernels.compile_all --chip=v5p --json
+
+One line for each kernel and chip: what the compiler says of its FLOPs, bytes and memory. None of it is measured. The
+exit status is 1 if something does not compile, 2 if a compiler is missing.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, jaxprs_in_params
+
+from pallas_kernels import cases, targets
+from pallas_kernels.execution import CHIPS, PLATFORMS, Target, compiling_for
+from pallas_kernels.gpu_resources import resources
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What compiling one call gave; everything but `seconds` is the compiler's word.
+
+    Attributes:
+      chip, kernel, shape, dtype: what was compiled; shape is T, K, E, D, F.
+      error: the first line of the compiler's refusal, or None.
+      seconds: that compiling took.
+      executed_flops: the kernels' own estimates, which count the most tiles that a routing can touch.
+      active_flops: of the products with rows that there are.
+      bytes_accessed: moved to and from HBM, by the same estimates; copies that XLA makes around a kernel are not in it.
+      least_bytes: every argument read and every result written once, without what a layer holds in between.
+      fast_memory_bytes: the most VMEM (GPU: shared memory of a program) that a kernel of the call is given.
+      temporary_bytes: device memory beside arguments and results.
+      registers: the most per thread of a kernel; GPU only.
+      spilled_bytes: per thread, of registers written to memory and read back; GPU only.
+    """
+
+    chip: str
+    kernel: str
+    shape: tuple[int, ...]
+    dtype: str
+    error: str | None = None
+    seconds: float = 0.0
+    executed_flops: int = 0
+    active_flops: int = 0
+    bytes_accessed: int = 0
+    least_bytes: int = 0
+    fast_memory_bytes: int = 0
+    temporary_bytes: int = 0
+    registers: int | None = None
+    spilled_bytes: int | None = None
+
+
+def traced(case: cases.Case, chip: str) -> jax.stages.Traced:
+    """The call, traced for one device of the chip.
+
+    Raises:
+      targets.CompilerMissing: there is no compiler for it.
+    """
+    mesh = targets.mesh_of(chip)
+    arguments = [targets.abstract(mesh, like.shape, like.dtype) for like in case.arguments.values()]
+    with compiling_for(chip), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(case.function).trace(*arguments)
+
+
+def lowered(case: cases.Case, chip: str) -> jax.stages.Lowered:
+    """The call, lowered for one device of the chip."""
+    call = traced(case, chip)
+    with compiling_for(chip), jax.sharding.use_abstract_mesh(targets.mesh_of(chip).abstract_mesh):
+        return call.lower()
+
+
+def planned(jaxpr: Jaxpr) -> tuple[int, int]:
+    """FLOPs and bytes that the kernels of a program say they take, those in a loop as often as it turns."""
+    flops = bytes_accessed = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            parts = [(equation.params["cost_estimate"].flops, equation.params["cost_estimate"].bytes_accessed)]
+        else:
+            parts = list(map(planned, jaxprs_in_params(equation.params)))
+        for part in parts:
+            flops += part[0] * equation.params.get("length", 1)
+            bytes_accessed += part[1] * equation.params.get("length", 1)
+    return flops, bytes_accessed
+
+
+def vmem_of_kernels(program: str) -> dict[str, int]:
+    """Bytes of VMEM that Mosaic gives each kernel, from a compiled TPU program's text."""
+    found = {}
+    for line in program.splitlines():
+        name = re.search(r"%(\w+?)(?:\.\d+)? = ", line)
+        if 'custom_call_target="tpu_custom_call"' in line and name:
+            used = line.partition('"used_scoped_memory_configs":')[2].partition("]")[0]
+            sizes = [int(size) for size in re.findall(r'"memory_space":"1".*?"size":"(\d+)"', used)]
+            found[name[1]] = max(found.get(name[1], 0), *sizes, 0)
+    return found
+
+
+def _figures(before: jax.stages.Lowered, chip: str) -> dict[str, int]:
+    """Compiles, and reads what the chip's compiler says of memory and registers."""
+    if CHIPS[chip] == "gpu":
+        program, kernels = resources(before)
+        fast = {
+            "fast_memory_bytes": max((kernel.shared_bytes for kernel in kernels), default=0),
+            "registers": max((kernel.registers for kernel in kernels), default=0),
+            "spilled_bytes": sum(kernel.spill_stores + kernel.spill_loads for kernel in kernels),
+        }
+    else:
+        program = before.compile()
+        fast = {"fast_memory_bytes": max(vmem_of_kernels(program.as_text()).values(), default=0)}
+    return fast | {"temporary_bytes": program.memory_analysis().temp_size_in_bytes}
+
+
+def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Result:
+    """Compiles a call; a refusal is a result too."""
+    start = time.perf_counter()
+    try:
+        call = traced(case, chip)
+        with compiling_for(chip), jax.sharding.use_abstract_mesh(targets.mesh_of(chip).abstract_mesh):
+            figures = _figures(call.lower(), chip)
+    except targets.CompilerMissing:
+        raise
+    except Exception as error:  # a compiler refuses with any exception, Pallas before it too
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        return Result(chip, case.kernel, tuple(shape), dtype, error=f"{type(error).__name__}: {first}")
+    flops, bytes_accessed = planned(call.jaxpr.jaxpr)
+    return Result(
+        chip,
+        case.kernel,
+        tuple(shape),
+        dtype,
+        seconds=round(time.perf_counter() - start, 2),
+        executed_flops=flops,
+        active_flops=case.active_flops,
+        bytes_accessed=bytes_accessed,
+        least_bytes=case.least_bytes(call.out_info),
+        **figures,
+    )
+
+
+def results(chips: list[str], shapes: list[cases.Shape], dtypes: list[str]) -> Iterator[Result]:
+    """Compiles everything; what several shapes have in common once."""
+    for chip in chips:
+        targets.mesh_of(chip)
+        target = Target(CHIPS[chip], chip=chip)
+        done = set()
+        for dtype in dtypes:
+            for shape in shapes:
+                kernel_cases = cases.kernel_cases(shape, jnp.dtype(dtype), target)
+                for case in (*kernel_cases, *cases.layer_cases(shape, jnp.dtype(dtype), target)):
+                    key = (case.kernel, *((like.shape, like.dtype) for like in case.arguments.values()))
+                    if key not in done:
+                        done.add(key)
+                        yield result_of(case, shape, dtype, chip)
+
+
+def line_of(result: Result) -> str:
+    """For reading."""
+    head = f"{result.chip:6} {result.dtype:8} {'x'.join(map(str, result.shape)):24} {result.kernel:26}"
+    if result.error:
+        return f"{head} REFUSED {result.error}"
+    flops = f"{result.executed_flops / result.active_flops:5.2f} x active FLOPs" if result.active_flops else " " * 20
+    line = (
+        f"{head} {result.seconds:6.1f} s {flops} {result.bytes_accessed / result.least_bytes:6.2f} x least bytes "
+        f"{result.fast_memory_bytes / 2**10:8.0f} KiB fast memory {result.temporary_bytes / 2**20:8.1f} MiB temporary"
+    )
+    return line if result.registers is None else f"{line} {result.registers} registers {result.spilled_bytes} spilled"
+
+
+def markdown(every: list[Result]) -> str:
+    """A table with a row for each kernel, shape and dtype, and a column for each chip."""
+    chips = list(dict.fromkeys(result.chip for result in every))
+    rows: dict[tuple, dict[str, Result]] = {}
+    for result in every:
+        rows.setdefault((result.kernel, result.shape, result.dtype), {})[result.chip] = result
+
+    def cell(result: Result | None) -> str:
+        if result is None or result.error:
+            return "refused" if result else ""
+        flops = f"{result.executed_flops / result.active_flops:.2f}" if result.active_flops else "–"
+        bytes_moved = f"{result.bytes_accessed / result.least_bytes:.2f}"
+        return f"{flops} · {bytes_moved} · {result.fast_memory_bytes / 2**20:.2g}"
+
+    lines = [f"| kernel | T, K, E, D, F | dtype | {' | '.join(chips)} |", "| --- " * (3 + len(chips)) + "|"]
+    for (kernel, shape, dtype), of_chip in rows.items():
+        cells = " | ".join(cell(of_chip.get(chip)) for chip in chips)
+        lines.append(f"| {kernel} | {', '.join(map(str, shape))} | {dtype} | {cells} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    chips = [chip for chip, backend in CHIPS.items() if backend in PLATFORMS]
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.compile_all", description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", action="append", choices=chips, help="only this chip; may be given again")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this dtype; may be given again")
+    parser.add_argument("--sample", action="store_true", help="a few shapes in place of all")
+    parser.add_argument("--shape", action="append", metavar="T,K,E,D,F", help="this shape; may be given again")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object with `results`")
+    output.add_argument("--markdown", action="store_true", help="a table for the documentation")
+    options = parser.parse_args(arguments)
+    shapes = cases.SAMPLE if options.sample else [*cases.STUDY, *cases.FINE_GRAINED]
+    if options.shape:
+        try:
+            shapes = [cases.Shape(*map(int, shape.split(","))) for shape in options.shape]
+        except (TypeError, ValueError):
+            parser.error(f"--shape={options.shape}; five integers T,K,E,D,F are expected.")
+    every = []
+    missing = []
+    for chip in options.chip or chips:
+        try:
+            for result in results([chip], shapes, options.dtype or list(DTYPES)):
+                every.append(result)
+                if not options.json and not options.markdown:
+                    print(line_of(result), flush=True)
+        except targets.CompilerMissing as error:
+            missing.append(str(error))
+    refused = [result for result in every if result.error]
+    if options.json:
+        print(json.dumps({"results": [dataclasses.asdict(result) for result in every], "missing": missing}))
+    elif options.markdown:
+        print(markdown(every))
+    for message in missing:
+        print(message, file=sys.stderr)
+    compiled = f"{len(every) - len(refused)} of {len(every)} compiled"
+    print(f"{compiled}; these are the compilers' figures, nothing was run", file=sys.stderr)
+    for result in refused:
+        print(line_of(result), file=sys.stderr)
+    return 1 if refused else 2 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

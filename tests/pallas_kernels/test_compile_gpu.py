@@ -1,0 +1,106 @@
+"""The GPU compiler takes the kernels, spills no register, and what it makes of the whole layer holds no wasted work.
+
+XLA:GPU, Triton and ptxas compile for an H100 that is not there; the interpreter accepts kernels that they refuse.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from pallas_kernels import compiling_for, moe_mlp, targets
+from pallas_kernels.gpu_resources import resources
+from pallas_kernels.grouped_matmul.triton_gpu import row_tile
+
+SHAPES = {
+    "study": (4096, 2, 64, 1024, 2048),
+    "one_expert_each": (4096, 2, 8, 512, 1024),
+    "fine_grained": (4096, 8, 256, 2048, 128),
+    "odd": (1000, 3, 8, 200, 136),
+}
+SHARED_MEMORY = 227 * 1024
+
+
+def traced_layer(shape, dtype=jnp.bfloat16, recompute=False):
+    """Forward and backward of `moe_mlp` for an H100."""
+    tokens, k, experts, width, hidden = SHAPES[shape]
+    try:
+        mesh = targets.mesh_of("h100")
+    except targets.CompilerMissing as error:
+        pytest.skip(str(error))
+
+    def gradients(x, index, gate, w_gate_up, w_down, y_gradient):
+        def layer(x, gate, w_gate_up, w_down):
+            return moe_mlp(x, index, gate, w_gate_up, w_down, recompute=recompute)
+
+        y, pull = jax.vjp(layer, x, gate, w_gate_up, w_down)
+        return y, *pull(y_gradient)
+
+    arguments = [
+        targets.abstract(mesh, (tokens, width), dtype),
+        targets.abstract(mesh, (tokens, k), jnp.int32),
+        targets.abstract(mesh, (tokens, k), jnp.float32),
+        targets.abstract(mesh, (experts, width, 2 * hidden), dtype),
+        targets.abstract(mesh, (experts, hidden, width), dtype),
+        targets.abstract(mesh, (tokens, width), dtype),
+    ]
+    with compiling_for("h100"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(gradients).trace(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_layer_compiles_and_every_kernel_fits_its_registers(shape, dtype):
+    _, kernels = resources(traced_layer(shape, dtype).lower())
+    names = {kernel.kernel for kernel in kernels}
+    assert names == {"moe_up_gpu", "grouped_matmul_gpu", "hidden_gradient_gpu", "weight_gradient_gpu", "combine_gpu"}
+    for kernel in kernels:
+        assert kernel.spill_stores == kernel.spill_loads == 0, kernel
+        assert 0 < kernel.registers <= 255, kernel
+        assert kernel.shared_bytes <= SHARED_MEMORY, kernel
+        assert not kernel.serialized, kernel
+
+
+def planned_flops(jaxpr):
+    """What the kernels of a program say that they execute: XLA knows nothing of it, and counts none."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            total += equation.params["cost_estimate"].flops
+        else:
+            total += sum(map(planned_flops, jaxprs_in_params(equation.params)))
+    return total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["study", "fine_grained"])
+def test_the_compiled_layer_wastes_nothing(shape):
+    """No scatter, no product outside the kernels, no copied, transposed or float32 weight; the FLOPs of its rows."""
+    tokens, k, experts, width, hidden = SHAPES[shape]
+    traced = traced_layer(shape)
+    program = traced.lower().compile().as_text()
+    assert not re.search(r"= \S+ (scatter|dot)\(", program)
+    assert "cublas" not in program
+    for a, b in ((width, 2 * hidden), (hidden, width)):
+        assert f"f32[{experts},{a},{b}]" not in program
+        for axes in (f"{experts},{a},{b}", f"{experts},{b},{a}"):
+            assert not re.search(rf"bf16\[{axes}\]\S* (copy|transpose)\(", program)
+    products = 3 * 3 * 2 * width * hidden  # of one row: up twice as wide as down, forward, and two backward
+    active, padding = tokens * k * products, (experts + 1) * row_tile(tokens * k, experts) * products
+    assert active <= planned_flops(traced.jaxpr.jaxpr) <= 1.15 * active + padding
+
+
+@pytest.mark.slow
+def test_recomputing_the_up_product_keeps_less():
+    kept, again = (traced_layer("study", recompute=choice).lower().compile() for choice in (False, True))
+    assert kept.memory_analysis().temp_size_in_bytes >= again.memory_analysis().temp_size_in_bytes
+
+
+def test_a_missing_compiler_is_an_error_that_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(targets, "COMPILERS", tmp_path)
+    monkeypatch.setattr(targets, "_has", lambda module: False)
+    with pytest.raises(targets.CompilerMissing, match="pip install --target .* jax-cuda12-plugin==.* brings it"):
+        targets.use_gpu_compiler.__wrapped__()
