@@ -4,6 +4,7 @@ from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import CheckpointError, NonFiniteLossError, NoSpaceLeftError, TrainingError
+from jaxmoe.training.exclusive import check_unused
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY, TrainResult, train
 from jaxmoe.training.metrics import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.training.optimizer import decay_mask, make_optimizer
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingError",
     "averaging_window",
     "check_directory",
+    "check_unused",
     "claim_directory",
     "decay_mask",
     "evaluation_context",

@@ -22,6 +22,7 @@ from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import NonFiniteLossError, explain_no_space
+from jaxmoe.training.exclusive import exclusive
 from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
@@ -82,10 +83,13 @@ def train(
       stop: asks the run to stop; None: SIGTERM and SIGINT do, while this call lasts.
 
     Raises:
-      ConfigError: the configuration cannot be run, or not in this directory, or not with the data as they are now.
+      ConfigError: the configuration cannot be run, or not in this directory, or not with the data as they are now;
+        another process is training in the directory.
       TrainingError: a full disk, no readable checkpoint, or too many non-finite steps in a row.
     """
     directory = epath.Path(directory)
+    if jax.process_count() > 1:
+        raise ConfigError(f"{jax.process_count()} JAX processes are connected; a run is trained by one.")
     check_directory(directory, run, resume)
     mixture = Mixture.of_run(run, cache_dir=cache_dir)
     with contextlib.ExitStack() as stack:
@@ -93,6 +97,7 @@ def train(
             stack.enter_context(reuse_freed_memory())
         if stop is None:
             stop = stack.enter_context(StopRequest())
+        stack.enter_context(exclusive(directory))
         keep = run.train.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, keep))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))

@@ -211,6 +211,7 @@ class MetricsLog:
             self._tensorboard.flush()
 
     def close(self) -> None:
+        """Flushes and closes all of them."""
         self._metrics.close()
         self._throughput.close()
         if self._tensorboard is not None:

@@ -12,6 +12,7 @@ import pytest
 from jaxmoe.config import ConfigError, config_hash
 from jaxmoe.scaling import Study, preflight, read_records, results_table, run_member, run_study, runner
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
+from jaxmoe.training.exclusive import exclusive
 
 CONFIG = {
     "study": {"name": "tiny", "title": "Tiny", "held_fixed": {"tokens": 0.0}},
@@ -123,7 +124,8 @@ def test_the_records_say_what_the_logs_say(finished):
     assert record["skipped_steps"] == 0
     assert sum(record["expert_load"][0]) == pytest.approx(1)
     task = records["task", "knowledge", "train", 8]
-    assert (task["accuracy_kind"], task["accuracy"]) == ("token_accuracy", task["token_accuracy"])
+    assert (task["accuracy_kind"], task["accuracy"]) == ("value_recall", task["value_recall"])
+    assert task["value_recall"] == task["token_accuracy"], "in symbols every token of an answer is a value"
     assert task["chance_accuracy"] == 1 / 256
     assert task["bits_per_byte"] == pytest.approx(task["bits_per_token"] / 2), "each letter is two bytes"
     task = records["task", "reasoning", "test", 8]
@@ -182,8 +184,18 @@ def test_force_evaluates_again_with_the_new_settings_and_trains_no_further(copie
     records = [entry for entry in read_records(copied) if entry["member"] == "first" and entry["evaluation"] == "task"]
     assert {entry["examples"] for entry in records if entry["step"] == 8} == {4}
     assert not [entry for entry in records if entry["step"] == 4], "those are of the other configuration"
-    earlier = json.loads((copied / "first" / "records" / "task-reasoning-test-00000004.json").read_text())
-    assert earlier["examples"] == 8
+    assert len({entry["config_hash"] for entry in records}) == 1
+    aside = copied / "first" / "earlier_records" / config_hash(study_of().member("first").config)
+    for step in (4, 8):
+        earlier = json.loads((aside / f"task-reasoning-test-{step:08d}.json").read_text())
+        assert earlier["examples"] == 8, "set aside, not lost"
+
+
+def test_a_study_does_not_start_while_another_process_trains_a_member(tmp_path):
+    with exclusive(tmp_path / "second"), pytest.raises(ConfigError, match="second: process .* is training in this"):
+        run_study(study_of(), tmp_path)
+    assert not (tmp_path / "first").exists()
+    assert not (tmp_path / "study.json").exists()
 
 
 def test_force_does_not_relabel_a_finished_member(copied):
