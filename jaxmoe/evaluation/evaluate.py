@@ -45,6 +45,9 @@ def evaluate_all(context: EvaluationContext, labels: Mapping[str, str] | None = 
 
     Returns:
       Records in a fixed order, the same for the same context.
+
+    Raises:
+      EvaluationStopped: the run was asked to stop meanwhile.
     """
     identity = run_identity(context, labels)
     records = training_records(context, identity)
@@ -52,12 +55,14 @@ def evaluate_all(context: EvaluationContext, labels: Mapping[str, str] | None = 
     settings = context.run.evaluation
     for source in context.mixture.sources:
         for split in VALIDATION_SPLITS:
+            context.check_stop()
             if split in source.splits:
                 score = validation_loss(
                     model, source, split, rows=settings.validation_rows, batch_size=settings.batch_size
                 )
                 records.append(_record(identity, "validation", source.name, split, dataclasses.asdict(score)))
         for split in TASK_SPLITS:
+            context.check_stop()
             if source.example_count(split):
                 records += _task_records(context, identity, model, source, split)
     return records
@@ -188,6 +193,7 @@ def _task_records(
             source.name, split, score.examples_beyond_training_length, score.examples, training_length
         )
     generated = None
+    context.check_stop()
     if settings.generate and isinstance(source.config, QuestionAnswerSource):
         generated = generation_accuracy(
             model, examples, context.tokenizer,

@@ -3,7 +3,13 @@
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
-from jaxmoe.training.errors import CheckpointError, NonFiniteLossError, NoSpaceLeftError, TrainingError
+from jaxmoe.training.errors import (
+    CheckpointError,
+    EvaluationStopped,
+    NonFiniteLossError,
+    NoSpaceLeftError,
+    TrainingError,
+)
 from jaxmoe.training.exclusive import check_unused
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY, TrainResult, train
 from jaxmoe.training.metrics import METRICS_FILE, THROUGHPUT_FILE
@@ -24,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "EvaluationContext",
+    "EvaluationStopped",
     "NoSpaceLeftError",
     "NonFiniteLossError",
     "ProgressReporter",

@@ -21,7 +21,7 @@ from jaxmoe.data import Mixture
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
-from jaxmoe.training.errors import NonFiniteLossError, explain_no_space
+from jaxmoe.training.errors import EvaluationStopped, NonFiniteLossError, explain_no_space
 from jaxmoe.training.exclusive import exclusive
 from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
 from jaxmoe.training.progress import ProgressReporter
@@ -74,7 +74,8 @@ def train(
       run: the configuration.
       directory: of the run, local or gs://.
       on_evaluate: called after each of the steps `run.evaluation.steps_of(steps)`. Its results must not matter to
-        the training, and it must bear being called again for the same step, which happens after a kill.
+        the training, and it must bear being called again for the same step, which happens after a kill. A long one
+        calls the context's `check_stop` now and then, so that a signal need not wait for its end.
       progress: to report to.
       cache_dir: where tokenized text is kept if the configuration does not say.
       resume: `force` goes on in a directory of another configuration, or with data that changed since its checkpoint,
@@ -229,13 +230,16 @@ class _Loop:
         )
 
     def _evaluate(self) -> None:
-        """Calls the evaluator with the state after the step just done."""
+        """Calls the evaluator with the state after the step just done, which may end early to stop the run."""
         self._settle()
         if self._on_evaluate is not None:
             context = evaluation_context(
-                self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed
+                self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed, self._stop
             )
-            self._on_evaluate(context)
+            try:
+                self._on_evaluate(context)
+            except EvaluationStopped:
+                return  # it stays due
         self._evaluation_due = False
 
     def _save(self, data: Any) -> None:
