@@ -236,7 +236,6 @@ def _attempt(
             member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
         )
     except (ConfigError, TrainingError) as error:
-        logger.error("%s: %s", member.name, error)
         fatal = isinstance(error, NoSpaceLeftError)
         return MemberResult(member.name, "failed", error=str(error), fatal=fatal)
     except Exception as error:

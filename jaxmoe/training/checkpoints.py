@@ -119,12 +119,13 @@ class Checkpoints:
                 return self._read(step, like)
             except (CheckpointError, MemoryError):
                 raise
-            except Exception as error:
+            except Exception as wrapper:
+                error = _told(wrapper)
                 if not _is_damage(error):
                     raise CheckpointError(
                         f"the checkpoint of step {step} in {self.directory} could not be read: {_first_line(error)}. "
                         "It does not look damaged, and nothing was moved; run again when that is mended."
-                    ) from error
+                    ) from wrapper
                 aside = self._move_aside(step)
                 logger.warning(
                     "checkpoint of step %d in %s cannot be read (%s); it is now %s, and the one before it is taken",
@@ -169,7 +170,7 @@ class Checkpoints:
                 raise no_space_left(self.directory, last) from error
             kept = "there is none yet" if last is None else f"the last good one is of step {last}"
             raise CheckpointError(
-                f"a checkpoint could not be written to {self.directory}: {_first_line(error)}; {kept}. "
+                f"a checkpoint could not be written to {self.directory}: {_first_line(_told(error))}; {kept}. "
                 "Run again to go on from there."
             ) from error
 
@@ -223,7 +224,14 @@ class Checkpoints:
         return aside / name
 
 
-def _is_damage(error: Exception) -> bool:
+def _told(error: BaseException) -> BaseException:
+    """What Orbax wraps in a bare `Exception` while it reads an array: the error that says what happened."""
+    while type(error) is Exception and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_damage(error: BaseException) -> bool:
     """Whether an error says that files are missing, cut or changed, not that this machine could not read them."""
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError | NotADirectoryError)

@@ -223,7 +223,7 @@ class _Loop:
         self._checkpoints.wait()
         last = self._checkpoints.last_step
         raise NonFiniteLossError(
-            f"{self._run.name}: the loss or the gradient was not finite in {in_a_row} steps in a row, "
+            f"the loss or the gradient was not finite in {in_a_row} steps in a row, "
             f"{step - in_a_row + 1} to {step}. The last good step is {step - in_a_row}; "
             + ("there is no checkpoint yet" if last is None else f"the last checkpoint is of step {last}")
             + f" in {self._checkpoints.directory}. Lower train.learning_rate or train.clip_norm, or look at the data."
