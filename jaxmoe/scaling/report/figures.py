@@ -162,11 +162,10 @@ def loss_accuracy_figure(tables: StudyTables, comparison: Comparison, name: str)
         if not own.empty
     ]  # fmt: skip
     caption = [
-        f"Accuracy minus what the task loss explains of it, against {x_label(x)}. Explained is the best non-increasing "
-        "function of the task loss, fitted to the last evaluations of all members of the study: zero where all are on "
-        "one falling curve, negative where a member turns its loss into less accuracy than the others do.",
-        "The fit follows single members where their losses lie apart, so read differences between members of nearly "
-        "equal task loss.",
+        f"Accuracy at the last step minus what the task loss explains of it, against {x_label(x)}. Explained is the "
+        "best non-increasing function of the task loss over all evaluations of all members of the study, early ones "
+        "included: zero where a member is on the common curve, negative where it turns its loss into less accuracy "
+        "than the others do at theirs. A member whose losses no other reaches is its own curve there.",
         seeds_caption(comparison),
         status_caption(tables, comparison.part),
     ]
@@ -186,21 +185,22 @@ def loss_accuracy_figure(tables: StudyTables, comparison: Comparison, name: str)
 
 
 def loss_accuracy_gaps(tables: StudyTables) -> pd.DataFrame:
-    """`loss_accuracy_gap` over the final numbers of all members, on the split that each source is about.
+    """`loss_accuracy_gap` over all evaluations of all members, on the split that each source is about.
 
     Returns:
-      A row per (source, member): `split`, `task_loss`, `accuracy`, and the gap as `value`.
+      A row per (source, member) that has final numbers: `split`, `task_loss`, `accuracy`, and the gap as `value`.
     """
     import pandas as pd
 
-    final = tables.results[tables.results.final & (tables.results["rank"] == 0)]
+    measured = tables.results[tables.results["rank"] == 0]
     parts = []
-    for source, own in final[final.metric.isin(["task_loss", "accuracy"])].groupby("source", sort=False):
-        wide = own.pivot(index="member", columns="metric", values="value")
+    for source, own in measured[measured.metric.isin(["task_loss", "accuracy"])].groupby("source", sort=False):
+        wide = own.pivot(index=["member", "final", "step"], columns="metric", values="value")
         if {"task_loss", "accuracy"} <= set(wide):
             gap = loss_accuracy_gap(wide.task_loss, wide.accuracy)
             gap = gap.mask(gap.abs() < 1e-9, 0.0)  # rounding, which would get an axis of its own
-            parts.append(wide.assign(source=source, split=own.split.iloc[0], value=gap).reset_index())
+            wide = wide.assign(source=source, split=own.split.iloc[0], value=gap).reset_index()
+            parts.append(wide[wide.final])
     columns = ["source", "split", "member", "task_loss", "accuracy", "value"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
