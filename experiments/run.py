@@ -66,6 +66,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
         print(f"stopped by a signal; nothing is lost. Run the same command again to go on ({workdir}).")
         return RESUMABLE
     if outcome.status == "failed":
+        print(f"failed; what is done is kept. Run the same command again to go on ({workdir}):\n{outcome}")
         return 1
     print(f"done: {workdir}. Next: python -m experiments.report --workdir={workdir}")
     return 0

@@ -198,6 +198,12 @@ def test_a_study_does_not_start_while_another_process_trains_a_member(tmp_path):
     assert not (tmp_path / "study.json").exists()
 
 
+def test_devices_that_are_not_used_are_mentioned(copied, caplog, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: 4)
+    run_study(study_of(), copied)
+    assert "4 devices are here, and a run uses one of them" in caplog.text
+
+
 def test_force_does_not_relabel_a_finished_member(copied):
     before = contents(copied) | {"config": (copied / "first" / "config.json").read_bytes()}
     with pytest.raises(ConfigError, match="finished run") as error:

@@ -172,6 +172,7 @@ def _described_slices(study: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _slices(described: Mapping[str, Any], members: pd.DataFrame) -> tuple[StudySlice, ...]:
+    """The comparisons that the members at hand make."""
     names = [*described, *(name for slices in members.slices for name in slices)]
     slices = []
     for name in dict.fromkeys(names):
@@ -185,6 +186,8 @@ def _slices(described: Mapping[str, Any], members: pd.DataFrame) -> tuple[StudyS
                               "have (or have several different values of; give a dotted key).")  # fmt: skip
         if not all(isinstance(value, int | float) for value in rows[x].dropna()):
             raise ReportError(f"slice {name!r} is to be drawn against {x!r}, which is not a number.")
+        if slices and x != slices[0].x and rows[x].nunique() < 2:
+            continue  # members that another slice lends to this one, of which nothing else was run
         ordered = rows.assign(_x=rows[x].astype(float)).sort_values(["_x", "total_parameters"], kind="stable")
         title = entry.get("title") or ("The family" if name == "main" else name.replace("_", " ").capitalize())
         slices.append(StudySlice(name, title, x, entry.get("note") or "", tuple(dict.fromkeys(ordered.arm))))
