@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from jaxmoe.evaluation.records import make_record, write_records
 from jaxmoe.scaling import results_table
-from jaxmoe.scaling.report import ReportError, build_report, comparison, findings, style, tables
+from jaxmoe.scaling.report import ReportError, build_report, comparison, findings, plots, style, tables
 from jaxmoe.storage import write_json
 
 STEPS, TOKENS_PER_STEP = 20, 1000
@@ -427,6 +427,26 @@ def test_a_slice_of_which_only_borrowed_members_were_run_is_no_comparison(tmp_pa
     other = Run("E2-lr", "E2-lr", 1_000, slices=("rates",), learning_rate=0.02)
     report = build_report(write_study(tmp_path / "both", [*lent, other], slices=described)).parent
     assert "Rates" in Page(report / "index.html").text
+
+
+def test_the_summary_has_memorization_and_reasoning_however_many_sources_there_are(tmp_path, undrawn):
+    sources = ("a", "b", "c", "d", "knowledge", "reasoning")
+    report = build_report(write_study(tmp_path, FAMILY, sources=sources)).parent
+    drawn = pd.read_csv(report / "summary.csv", keep_default_na=False)
+    assert list(dict.fromkeys(zip(drawn.metric, drawn.source))) == [
+        ("accuracy", "knowledge"), ("accuracy", "reasoning"), ("training_loss", ""), ("validation_loss", "a"),
+    ]  # fmt: skip
+
+
+def test_names_of_lines_at_the_bottom_stay_off_the_axis():
+    with style.figure_style():
+        _, (axes,) = style.new_figure(1, 1)
+        axes.set_ylim(-0.02, 1)
+        plots.label_lines(axes, [(0.0, "one", "k"), (0.0, "two,\nlines", "k"), (0.0, "three", "k"), (0.9, "top", "k")])
+    heights = [text.xy[1] for text in axes.texts]
+    assert heights[0] >= 0
+    assert all(after - before > 0.05 for before, after in itertools.pairwise(heights))
+    assert heights[3] == pytest.approx(0.92 / 1.02, abs=1e-3), "one that nothing touches stays where it is"
 
 
 def test_what_another_configuration_left_is_excluded_and_said(tmp_path, undrawn):

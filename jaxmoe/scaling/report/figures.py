@@ -35,6 +35,9 @@ TITLES = {
     "accuracy": "Accuracy",
 }
 
+_SUMMARY_ORDER = {"knowledge": 0, "reasoning": 1, "question_answer": 2, "text": 3}
+"""Which kinds of source come first where there is not room for all."""
+
 _CORRECTED = "Corrected: the training problems with their corrupted solutions put right."
 
 
@@ -218,7 +221,7 @@ def summary_figure(tables: StudyTables, comparison: Comparison) -> ReportFigure:
     rows = metric_rows(comparison.rows)
     x = comparison.part.x
     panels = [Panel("Training loss", "training_loss", rows[rows.metric == "training_loss"], "whole mixture")]
-    for source, kind in tables.kinds.items():
+    for source, kind in sorted(tables.kinds.items(), key=lambda entry: _SUMMARY_ORDER.get(entry[1], 4)):
         panel = _summary_panel(rows[rows.source == source], source, kind)
         if panel is not None and len(panels) < 4:
             panels.append(panel)

@@ -45,7 +45,8 @@ def split_key(rows: pd.DataFrame) -> str:
     """`solid: test · dashed: train`, empty for a single split."""
     splits = rows.drop_duplicates("rank").sort_values("rank")
     manners = ("solid", "dashed", "dotted")
-    named = [f"{manners[rank]}: {split_name(split)}" for split, rank in zip(splits.split, splits["rank"])]
+    names = [split_name(split).removeprefix("train, ") for split in splits.split]
+    named = [f"{manners[rank]}: {name}" for name, rank in zip(names, splits["rank"])]
     return " · ".join(named) if len(named) > 1 else ""
 
 

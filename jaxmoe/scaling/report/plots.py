@@ -194,6 +194,10 @@ def label_lines(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
             if overlap > 1e-9:
                 places[index] -= overlap / 2
                 places[index + 1] += overlap / 2
+    lowest = 0.0  # below it are the labels of the horizontal axis
+    for index, height in enumerate(heights):
+        places[index] = max(places[index], lowest)
+        lowest = places[index] + (height + heights[min(index + 1, len(heights) - 1)]) / 2
     for place, (_, text, colour) in zip(places, wanted):
         axes.annotate(
             text, (1.0, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points", color=colour,
