@@ -1,7 +1,7 @@
 """Training: optimizer, step, loop, checkpoints, logs."""
 
 from jaxmoe.training.allocator import reuse_freed_memory
-from jaxmoe.training.checkpoints import Checkpoints
+from jaxmoe.training.checkpoints import Checkpoints, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import (
     CheckpointError,
@@ -41,6 +41,7 @@ __all__ = [
     "TrainingError",
     "averaging_window",
     "check_directory",
+    "check_format",
     "check_unused",
     "claim_directory",
     "decay_mask",

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxmoe.storage import is_remote
+from jaxmoe.storage import is_remote, read_json
 from jaxmoe.training.errors import CheckpointError, is_no_space, no_space_left
 from jaxmoe.training.state import TrainState
 from jaxmoe.version import __version__
@@ -177,13 +177,7 @@ class Checkpoints:
     def _read(self, step: int, like: TrainState) -> Restored:
         args = self._ocp.args
         about = self._manager.restore(step, args=args.Composite(metadata=args.JsonRestore()))["metadata"]
-        version = about["format_version"]
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self.directory} has format {version}, written by jaxmoe "
-                f"{about.get('jaxmoe', 'of a later version')}; jaxmoe {__version__} reads formats up to "
-                f"{FORMAT_VERSION}. Install the newer jaxmoe, or take another folder."
-            )
+        _check_version(self.directory, step, about)
         wanted = _arrays(like)
         self._check_structure(step, about["arrays"], wanted)
         target = {
@@ -222,6 +216,41 @@ class Checkpoints:
         (self.directory / str(step)).rename(aside / name)
         self._manager.reload()
         return aside / name
+
+
+def check_format(directory: epath.PathLike) -> None:
+    """Checks that the newest checkpoint in a folder can be understood, by its description alone.
+
+    A folder without checkpoints passes, and so does a damaged description, with which `Checkpoints.restore` deals.
+
+    Args:
+      directory: of the checkpoints; it need not be there.
+
+    Raises:
+      CheckpointError: it was written by a later jaxmoe.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = epath.Path(directory)
+    step = max(ocp.path.step.checkpoint_steps(directory) if directory.exists() else (), default=None)
+    if step is None:
+        return
+    try:
+        about = read_json(directory / str(step) / "metadata" / "metadata")
+    except (OSError, ValueError):
+        return
+    if isinstance(about, dict) and "format_version" in about:
+        _check_version(directory, step, about)
+
+
+def _check_version(directory: epath.Path, step: int, about: Mapping[str, Any]) -> None:
+    version = about["format_version"]
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint of step {step} in {directory} has format {version}, written by jaxmoe "
+            f"{about.get('jaxmoe', 'of a later version')}; jaxmoe {__version__} reads formats up to "
+            f"{FORMAT_VERSION}. Install the newer jaxmoe, or take another folder."
+        )
 
 
 def _told(error: BaseException) -> BaseException:

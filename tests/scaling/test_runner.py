@@ -198,6 +198,19 @@ def test_a_study_does_not_start_while_another_process_trains_a_member(tmp_path):
     assert not (tmp_path / "study.json").exists()
 
 
+def test_a_checkpoint_of_a_newer_version_is_noticed_before_anything_is_trained(copied):
+    (copied / "second" / "DONE").unlink()
+    shutil.rmtree(copied / "first")
+    path = copied / "second" / "checkpoints" / "8" / "metadata" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    with pytest.raises(ConfigError, match="member 'second': the checkpoint of step 8 .* has format 99"):
+        run_study(study_of(), copied)
+    assert not (copied / "first").exists()
+    path.write_text("{")  # damaged: the one before it will be taken
+    run_study(study_of(), copied)
+    assert (copied / "second" / "unreadable_checkpoints" / "8").is_dir()
+
+
 def test_devices_that_are_not_used_are_mentioned(copied, caplog, monkeypatch):
     monkeypatch.setattr("jax.device_count", lambda: 4)
     run_study(study_of(), copied)
