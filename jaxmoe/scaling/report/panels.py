@@ -60,9 +60,10 @@ def draw_panels(
     """
     with style.figure_style():
         figure, grid = style.new_figure(len(panels), columns)
+        level = " " if any(panel.subtitle for panel in panels) else ""  # keeps the titles of a row at one height
         for axes, panel in zip(grid, panels):
             plots.compared_axis(axes, x, panel.rows[x])
-            plots.titles(axes, panel.title, panel.subtitle)
+            plots.titles(axes, panel.title, panel.subtitle or level)
             plots.value_axis(axes, panel.metric, panel.rows.value, difference=panel.difference)
             if comparison.single:
                 _draw_sources(axes, kinds, panel, x)
