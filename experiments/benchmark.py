@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from experiments.flags import fail
+from experiments.flags import fail, parse_flags
 from jaxmoe.config import ConfigError, nearest
 
 _JSON = flags.DEFINE_bool("json", False, "Print the result as JSON.")
@@ -47,4 +47,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +21,8 @@ import ml_collections
 import numpy as np
 from absl import app, flags
 
-from experiments.flags import fail, run_with_config
+from experiments.flags import fail, parse_flags, run_with_config
+from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError, RunConfig, nearest
 
 _INPUTS = flags.DEFINE_list(
@@ -127,7 +127,7 @@ def _run(config: ml_collections.ConfigDict) -> RunConfig:
 def _mixture(run: RunConfig):
     from jaxmoe.data import Mixture
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_to_terminal()
     return Mixture.of_run(run)
 
 
@@ -166,7 +166,7 @@ def main() -> None:
         except ConfigError as error:
             fail(error)
 
-    app.run(run)
+    app.run(run, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,15 @@ def run_with_config(main: Callable[[ml_collections.ConfigDict, tuple[str, ...]],
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
 
-    app.run(run, argv=argv)
+    app.run(run, argv=argv, flags_parser=parse_flags)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser for `app.run`, with a mistake in the flags as one line and exit status 2."""
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.Error as error:
+        fail(error)
 
 
 def fail(error: Exception) -> typing.NoReturn:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from experiments.flags import fail
+from experiments.flags import fail, parse_flags
 from jaxmoe.scaling.report import ReportError, build_report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study, local or gs://.")
@@ -34,13 +34,5 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with a mistake in the flags as one line."""
-    try:
-        return flags.FLAGS(list(argv))
-    except flags.Error as error:
-        fail(error)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import ml_collections
 from absl import flags
@@ -18,6 +20,9 @@ from absl import flags
 from experiments.flags import run_with_config
 from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from jaxmoe.scaling.study import Member
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study, local or gs://. Default: runs/<study name>.")
 _MEMBER = flags.DEFINE_string("member", None, "Train only this member.")
@@ -43,6 +48,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
         raise ConfigError(f"--member={_MEMBER.value}: no such member.{nearest(_MEMBER.value, names)}")
     if _DRY_RUN.value:
         members = [member for member in study.members if _MEMBER.value in (None, member.name)]
+        _check_vocabularies(members)
         print(json.dumps([member.summary() for member in members], indent=2) if _JSON.value else study.describe())
         return 0
     if _JSON.value:
@@ -60,6 +66,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
         print(f"stopped by a signal; nothing is lost. Run the same command again to go on ({workdir}).")
         return RESUMABLE
     if outcome.status == "failed":
+        print(f"failed; what is done is kept. Run the same command again to go on ({workdir}):\n{outcome}")
         return 1
     print(f"done: {workdir}. Next: python -m experiments.report --workdir={workdir}")
     return 0
@@ -79,6 +86,26 @@ def _refuse_overrides_without_effect(config: ml_collections.ConfigDict, overridd
             )
         if own:
             print(f"note: --config.{key} does not reach {', '.join(own)}, which set {key} themselves.", file=sys.stderr)
+
+
+def _check_vocabularies(members: Sequence[Member]) -> None:
+    """Checks that every model has an embedding for each token, where the tokenizer's file is on this machine."""
+    from jaxmoe.data import load_tokenizer, require_vocabulary
+    from jaxmoe.storage import as_path
+
+    tokenizers = dict.fromkeys(member.config.data.tokenizer for member in members)
+    for spec in tokenizers:
+        if spec.endswith((".json", ".model")) and not as_path(spec).exists():
+            print(f"note: {spec} is not here, so the vocabulary was not checked against it.", file=sys.stderr)
+        else:
+            tokenizers[spec] = load_tokenizer(spec)
+    for member in members:
+        if tokenizers[member.config.data.tokenizer] is None:
+            continue
+        try:
+            require_vocabulary(tokenizers[member.config.data.tokenizer], member.config.model.vocab_size)
+        except ConfigError as error:
+            raise ConfigError(f"member {member.name!r}: {error}") from error
 
 
 def _has(section: ml_collections.ConfigDict, key: str) -> bool:

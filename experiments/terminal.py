@@ -8,6 +8,7 @@ import sys
 from absl import logging as absl_logging
 
 OUR_PACKAGES = ("jaxmoe", "pallas_kernels")
+_LONGEST = 300
 
 
 class _CurrentStderr(logging.Handler):
@@ -17,9 +18,21 @@ class _CurrentStderr(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
+class _OneLine(logging.Filter):
+    """Cuts errors that Orbax's threads log, with their tracebacks, to a line: they are raised too, and told by us."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and "/orbax/" in record.pathname:
+            record.msg, record.args, record.exc_info = record.getMessage().partition("\n")[0][:_LONGEST], (), None
+        return True
+
+
 def log_to_terminal() -> None:
     """Shows what our packages log from INFO on, and what others log from WARNING on."""
     absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_handler = absl_logging.get_absl_handler()
+    if not any(isinstance(one, _OneLine) for one in absl_handler.filters):
+        absl_handler.addFilter(_OneLine())
     handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for package in OUR_PACKAGES:

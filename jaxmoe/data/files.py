@@ -90,12 +90,13 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _instead(file: epath.Path) -> str:
-    """A hint for a missing file: the nearest name in its folder, or the deepest folder above it that exists."""
+    """A hint for a missing file: the nearest name in its folder, or which folder above it is missing."""
     folder = file.parent
     if not folder.exists():
-        while folder != folder.parent and not folder.exists():
+        while folder.parent != folder and not folder.parent.exists():
             folder = folder.parent
-        return f" Of its folders only {folder} exists." if folder.exists() else ""
+        place = "" if os.path.isabs(folder) or is_remote(folder) else f" in {os.getcwd()}"
+        return f" There is no folder {folder}{place}."
     names = [entry.name for entry in folder.iterdir()]
     close = difflib.get_close_matches(file.name, names, n=1, cutoff=0.4)
     return f" Did you mean {folder / close[0]}?" if close else ""

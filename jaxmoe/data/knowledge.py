@@ -6,7 +6,8 @@ In symbols a biography is `K`, a name and attribute values, one character each:
     answer  ńĕƞƅŤǽęǆƲĹļźƏ  (attributes letters)
 
 Values are uniform over the alphabet and independent, so one biography holds attributes · log2(symbols) bits. The
-entities of the test split are others; on them no model does better than chance.
+entities of the test split are others; on them no model does better than chance. Each example marks where its values
+stand, so that recall counts values and not the words or bytes around them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxmoe.config import KnowledgeSource
 from jaxmoe.data.seeding import distinct_rows, generator
-from jaxmoe.data.sentences import write_biographies
+from jaxmoe.data.sentences import FACTS, write_biographies
 from jaxmoe.data.source import Example, Source
 from jaxmoe.data.tasks import task_source, texts_of
 from jaxmoe.data.tokenizers import SYMBOLS, Tokenizer, require_any_text
@@ -49,4 +50,13 @@ def biographies(config: KnowledgeSource, seed: int, name: str = "") -> list[Exam
     alphabet = np.array(list(SYMBOLS[: config.symbols]))
     names = alphabet[distinct_rows(random, (config.symbols,) * config.name_length, count)]
     values = alphabet[random.integers(0, config.symbols, size=(count, config.attributes))]
-    return [Example("K" + entity, answer) for entity, answer in zip(texts_of(names), texts_of(values), strict=True)]
+    written = zip(texts_of(names), texts_of(values), strict=True)
+    places = tuple((place, place + 1) for place in range(config.attributes))
+    return [Example("K" + entity, answer, values=places) for entity, answer in written]
+
+
+def recall_by_chance(config: KnowledgeSource) -> float:
+    """Share of values that uniform guessing recalls: the mean over attributes of 1 / number of values."""
+    if config.style == "symbols":
+        return 1 / config.symbols
+    return float(np.mean([1 / len(values) for _, values in FACTS[: config.attributes]]))

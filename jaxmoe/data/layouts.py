@@ -75,10 +75,12 @@ class Layout(Protocol):
     """Documents as `row_count` rows with `token_count` predicted positions in all."""
 
     @property
-    def row_count(self) -> int: ...
+    def row_count(self) -> int:
+        """Rows of an epoch."""
 
     @property
-    def token_count(self) -> int: ...
+    def token_count(self) -> int:
+        """Predicted positions of an epoch."""
 
     def arrange(self, random: np.random.Generator | None) -> Arrangement:
         """The rows in an order drawn from `random`, or in that of the documents."""
@@ -95,13 +97,16 @@ class PaddedLayout:
 
     @property
     def row_count(self) -> int:
+        """Rows of an epoch: one a document."""
         return len(self.documents)
 
     @property
     def token_count(self) -> int:
+        """Predicted positions of an epoch: all tokens but the first of each document."""
         return int(self.documents.lengths.sum()) - len(self.documents)
 
     def arrange(self, random: np.random.Generator | None) -> PaddedArrangement:
+        """The rows in an order drawn from `random`, or in that of the documents."""
         return PaddedArrangement(self, _order(random, self.row_count))
 
 
@@ -113,6 +118,7 @@ class PaddedArrangement:
     order: np.ndarray
 
     def rows(self, indices: np.ndarray) -> Batch:
+        """The rows at `indices`, each in [0, row_count)."""
         documents, layout = self.layout.documents, self.layout
         chosen = self.order[indices]
         starts, lengths = documents.starts[chosen, None], documents.lengths[chosen, None]
@@ -132,6 +138,7 @@ class PaddedArrangement:
         }
 
     def tokens_before(self, row: int) -> int:
+        """Predicted positions of rows 0..row-1."""
         return int((self.layout.documents.lengths[self.order[:row]] - 1).sum())
 
 
@@ -150,13 +157,16 @@ class PackedLayout:
 
     @property
     def token_count(self) -> int:
+        """Predicted positions of an epoch: all tokens of the stream but its first."""
         return max(int(self.documents.lengths.sum()) - 1, 0)
 
     @property
     def row_count(self) -> int:
+        """Rows of an epoch, the last of them perhaps padded."""
         return -(-self.token_count // self.sequence_length)
 
     def arrange(self, random: np.random.Generator | None) -> PackedArrangement:
+        """Documents in an order drawn from `random` and their rows in another, or both as they come."""
         order = _order(random, len(self.documents))
         starts = np.concatenate([[0], np.cumsum(self.documents.lengths[order])])
         return PackedArrangement(self, order, starts, _order(random, self.row_count))
@@ -175,6 +185,7 @@ class PackedArrangement:
     row_order: np.ndarray
 
     def rows(self, indices: np.ndarray) -> Batch:
+        """The rows at `indices`, each in [0, row_count)."""
         layout, documents = self.layout, self.layout.documents
         width = layout.sequence_length + 1
         row_begin = self.row_order[indices] * layout.sequence_length
@@ -218,6 +229,7 @@ class PackedArrangement:
         }
 
     def tokens_before(self, row: int) -> int:
+        """Predicted positions of rows 0..row-1; only the last row of the stream has padding."""
         length, last = self.layout.sequence_length, self.layout.row_count - 1
         padding = (last + 1) * length - self.layout.token_count
         return row * length - padding * int((self.row_order[:row] == last).any())

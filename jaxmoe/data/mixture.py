@@ -7,12 +7,13 @@ content depends on nothing but the configuration, the seed and the step: not on 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -148,13 +149,15 @@ class Mixture:
         self.batch_size, self.sequence_length, self.steps, self.seed = batch_size, sequence_length, steps, seed
         self.host_index, self.host_count = host_index, host_count
         cache = data.cache_dir if data.cache_dir is not None else cache_dir
-        self.sources: list[Source] = [
-            build_source(
-                name, source, self.tokenizer,
-                sequence_length=sequence_length, run_seed=seed, cache_dir=cache, index=index,
-            )
-            for index, (name, source) in enumerate(data.sources.items())
-        ]
+        self.sources: list[Source] = []
+        for index, (name, source) in enumerate(data.sources.items()):
+            with _naming(name):
+                self.sources.append(
+                    build_source(
+                        name, source, self.tokenizer,
+                        sequence_length=sequence_length, run_seed=seed, cache_dir=cache, index=index,
+                    )
+                )  # fmt: skip
         for source in self.sources:
             if source.config.weight > 0 and source.rows_per_epoch == 0:
                 raise ConfigError(f"source {source.name!r} has weight={source.config.weight} but no training rows.")
@@ -269,6 +272,17 @@ class Mixture:
         from jaxmoe.data.pipeline import batch_iterator
 
         return batch_iterator(self, start_step)
+
+
+@contextlib.contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Errors of a source say which one it is, where they do not yet."""
+    try:
+        yield
+    except ConfigError as error:
+        if f"source {source!r}" in str(error):
+            raise
+        raise type(error)(f"source {source!r}: {error}") from error
 
 
 def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

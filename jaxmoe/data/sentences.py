@@ -8,6 +8,8 @@ Names are made of syllables, so that no pre-trained model knows them; values are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jaxmoe.config import ConfigError
@@ -85,7 +87,17 @@ def write_biographies(random: np.random.Generator, count: int, attributes: int, 
     spelled = _SYLLABLES[syllables].reshape(count, words, _SYLLABLES_PER_WORD).tolist()
     entities = [" ".join("".join(word).capitalize() for word in name) for name in spelled]
     drawn = [
-        [fact.format(values[i]) for i in random.integers(0, len(values), size=count).tolist()]
-        for fact, values in FACTS[:attributes]
+        [values[i] for i in random.integers(0, len(values), size=count).tolist()] for _, values in FACTS[:attributes]
     ]
-    return [Example(f"{entity}.", " " + " ".join(facts)) for entity, *facts in zip(entities, *drawn, strict=True)]
+    facts = [fact for fact, _ in FACTS[:attributes]]
+    return [_biography(entity, facts, values) for entity, *values in zip(entities, *drawn, strict=True)]
+
+
+def _biography(entity: str, facts: Sequence[str], values: Sequence[str]) -> Example:
+    """One biography; each value is marked together with the space before it, which most tokenizers join to it."""
+    answer, places = "", []
+    for fact, value in zip(facts, values, strict=True):
+        start = len(answer) + 1 + fact.index("{}")
+        answer += " " + fact.format(value)
+        places.append((start - 1, start + len(value)))
+    return Example(f"{entity}.", answer, values=tuple(places))

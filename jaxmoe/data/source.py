@@ -24,11 +24,14 @@ class Example:
     Attributes:
       prompt, answer: texts; the model is trained on their concatenation followed by the end token.
       final: what accuracy compares of a generated answer, where that is less than all of it.
+      values: (start, end) characters of `answer` that only knowledge can predict, in order, where the rest of it is
+        fixed words.
     """
 
     prompt: str
     answer: str
     final: str | None = None
+    values: tuple[tuple[int, int], ...] = ()
 
 
 class Source:
@@ -75,14 +78,17 @@ class Source:
 
     @property
     def rows_per_epoch(self) -> int:
+        """Rows of one epoch of the training split."""
         return self.row_count("train")
 
     @property
     def tokens_per_epoch(self) -> int:
+        """Predicted positions of one epoch of the training split."""
         return self.token_count("train")
 
     @property
     def skipped_records(self) -> int:
+        """Records left out while reading, for any reason."""
         return sum(self.skipped.values())
 
     def row_count(self, split: str) -> int:

@@ -48,16 +48,20 @@ class HuggingFaceTokenizer:
         self.fingerprint = "json-" + hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_batch` as int32 arrays."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special tokens write nothing."""
         special = {self.pad_id, self.bos_id, self.eos_id}
         return self._tokenizer.decode([int(i) for i in ids if int(i) not in special], skip_special_tokens=True)
 
@@ -92,15 +96,19 @@ class SentencePieceTokenizer:
         self.fingerprint = "model-" + hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without special tokens."""
         return self._processor.encode(text, out_type=int)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
         return self._processor.encode(list(texts), out_type=int)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_batch` as int32 arrays."""
         return [np.asarray(ids, np.int32) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special tokens write nothing."""
         special = {self.pad_id, self.bos_id, self.eos_id}
         return self._processor.decode([int(i) for i in ids if int(i) not in special])
 

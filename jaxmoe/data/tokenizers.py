@@ -59,18 +59,22 @@ class ByteTokenizer:
     fingerprint = "bytes-1"
 
     def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without special tokens."""
         return self._ids(text).tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_batch` as int32 arrays."""
         return [self._ids(text) for text in texts]
 
     def _ids(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special tokens write nothing."""
         return bytes(i - 3 for i in map(int, ids) if 3 <= i < 259).decode(errors="replace")
 
 
@@ -90,12 +94,15 @@ class SymbolTokenizer:
         self._id_of[[ord(character) for character in TASK_CHARACTERS]] = 3 + np.arange(len(TASK_CHARACTERS))
 
     def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without special tokens."""
         return self._ids(text).tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_batch` as int32 arrays."""
         return [self._ids(text) for text in texts]
 
     def _ids(self, text: str) -> np.ndarray:
@@ -111,6 +118,7 @@ class SymbolTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special tokens write nothing."""
         return "".join(TASK_CHARACTERS[i - 3] for i in map(int, ids) if 3 <= i < self.vocab_size)
 
 

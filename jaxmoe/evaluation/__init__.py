@@ -3,7 +3,7 @@
 from jaxmoe.evaluation.checkpoint import checkpoint_context
 from jaxmoe.evaluation.evaluate import evaluate_all
 from jaxmoe.evaluation.generation import GenerationScore, generation_accuracy, greedy_answers
-from jaxmoe.evaluation.records import Record, make_record, validate_record, write_record, write_records
+from jaxmoe.evaluation.records import Record, make_record, set_aside, validate_record, write_record, write_records
 from jaxmoe.evaluation.scoring import ExampleScores, TaskScore, score_each, score_examples
 from jaxmoe.evaluation.validation import ValidationScore, validation_loss
 
@@ -20,6 +20,7 @@ __all__ = [
     "make_record",
     "score_each",
     "score_examples",
+    "set_aside",
     "validate_record",
     "validation_loss",
     "write_record",

@@ -19,6 +19,7 @@ import numpy as np
 from jaxmoe import accounting
 from jaxmoe.config import KnowledgeSource, QuestionAnswerSource, ReasoningSource, RunConfig, config_hash
 from jaxmoe.data import Source
+from jaxmoe.data.knowledge import recall_by_chance
 from jaxmoe.evaluation.generation import GenerationScore, generation_accuracy
 from jaxmoe.evaluation.records import Record, device_description, make_record, versions
 from jaxmoe.evaluation.scoring import TaskScore, score_examples
@@ -44,6 +45,9 @@ def evaluate_all(context: EvaluationContext, labels: Mapping[str, str] | None = 
 
     Returns:
       Records in a fixed order, the same for the same context.
+
+    Raises:
+      EvaluationStopped: the run was asked to stop meanwhile.
     """
     identity = run_identity(context, labels)
     records = training_records(context, identity)
@@ -51,12 +55,14 @@ def evaluate_all(context: EvaluationContext, labels: Mapping[str, str] | None = 
     settings = context.run.evaluation
     for source in context.mixture.sources:
         for split in VALIDATION_SPLITS:
+            context.check_stop()
             if split in source.splits:
                 score = validation_loss(
                     model, source, split, rows=settings.validation_rows, batch_size=settings.batch_size
                 )
                 records.append(_record(identity, "validation", source.name, split, dataclasses.asdict(score)))
         for split in TASK_SPLITS:
+            context.check_stop()
             if source.example_count(split):
                 records += _task_records(context, identity, model, source, split)
     return records
@@ -153,21 +159,21 @@ def headline_accuracy(
 ) -> tuple[str, float, float]:
     """The accuracy that stands for a task: its kind, value and standard error.
 
-    Knowledge: share of values recalled (`token_accuracy`). Reasoning: whole solutions (`exact_match`). Questions:
+    Knowledge: share of values recalled (`value_recall`). Reasoning: whole solutions (`exact_match`). Questions:
     written answers where they were generated (`generation`), else `exact_match`.
     """
     if isinstance(source.config, KnowledgeSource):
-        return "token_accuracy", score.token_accuracy, score.token_accuracy_standard_error
+        return "value_recall", score.value_recall, score.value_recall_standard_error
     if generated is not None:
         return "generation", generated.accuracy, generated.accuracy_standard_error
     return "exact_match", score.exact_match, score.exact_match_standard_error
 
 
-def chance_accuracy(run: RunConfig, source: Source) -> float | None:
+def chance_accuracy(source: Source) -> float | None:
     """The headline accuracy of uniform guessing among well-formed answers; None where that is not defined."""
     config = source.config
     if isinstance(config, KnowledgeSource):
-        return 1 / config.symbols if config.style == "symbols" and run.data.tokenizer == "symbols" else None
+        return recall_by_chance(config)
     if isinstance(config, ReasoningSource):
         return float(config.modulus) ** -config.operations
     return None
@@ -187,6 +193,7 @@ def _task_records(
             source.name, split, score.examples_beyond_training_length, score.examples, training_length
         )
     generated = None
+    context.check_stop()
     if settings.generate and isinstance(source.config, QuestionAnswerSource):
         generated = generation_accuracy(
             model, examples, context.tokenizer,
@@ -199,7 +206,7 @@ def _task_records(
         "accuracy": accuracy,
         "accuracy_kind": kind,
         "accuracy_standard_error": error,
-        "chance_accuracy": chance_accuracy(context.run, source),
+        "chance_accuracy": chance_accuracy(source),
     }
     records = [_record(identity, "task", source.name, split, numbers)]
     if generated is not None:

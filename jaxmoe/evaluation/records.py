@@ -20,8 +20,11 @@ import numpy as np
 from etils import epath
 
 from jaxmoe.config import nearest
-from jaxmoe.storage import write_json
+from jaxmoe.storage import read_json, write_json
 from jaxmoe.version import __version__
+
+RECORDS_DIRECTORY = "records"
+EARLIER_RECORDS_DIRECTORY = "earlier_records"
 
 Record = dict[str, Any]
 """One flat JSON object of strings, numbers and nulls; `expert_load`, a list for each layer, is the one exception."""
@@ -127,7 +130,7 @@ def write_record(directory: epath.PathLike, record: Mapping[str, Any]) -> epath.
       ValueError: the record breaks the schema; nothing is written.
     """
     validate_record(record)
-    path = epath.Path(directory) / "records" / record_file(record)
+    path = epath.Path(directory) / RECORDS_DIRECTORY / record_file(record)
     write_json(path, record)
     return path
 
@@ -135,6 +138,29 @@ def write_record(directory: epath.PathLike, record: Mapping[str, Any]) -> epath.
 def write_records(directory: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> list[epath.Path]:
     """`write_record` of each."""
     return [write_record(directory, record) for record in records]
+
+
+def set_aside(directory: epath.PathLike, config_hash: str) -> int:
+    """Moves records of other configurations to `earlier_records/HASH/`, so that `records/` holds those of one.
+
+    Args:
+      directory: the member's run directory.
+      config_hash: of the configuration whose records stay.
+
+    Returns:
+      How many were moved.
+    """
+    directory = epath.Path(directory)
+    folder = directory / RECORDS_DIRECTORY
+    moved = 0
+    for path in sorted(folder.glob("*.json")) if folder.exists() else ():
+        found = read_json(path).get("config_hash", "unknown") if not path.name.startswith(".") else config_hash
+        if found != config_hash:
+            aside = directory / EARLIER_RECORDS_DIRECTORY / str(found)
+            aside.mkdir(parents=True, exist_ok=True)
+            path.replace(aside / path.name)
+            moved += 1
+    return moved
 
 
 @functools.cache

@@ -30,6 +30,7 @@ class ExampleScores:
       nll: nats of each whole answer.
       answer_tokens, answer_bytes: length of each answer.
       correct_tokens: answer tokens that were the likeliest given the true ones before them.
+      values, correct_values: values that each answer marks, and those of them all of whose tokens were correct.
       index: which of the examples given these are; the others were skipped.
       positions: input positions of each row, its prompt's included.
       skipped: examples too long for the model, or without a token to score.
@@ -40,6 +41,8 @@ class ExampleScores:
     answer_tokens: Int[np.ndarray, " n"]
     answer_bytes: Int[np.ndarray, " n"]
     correct_tokens: Int[np.ndarray, " n"]
+    values: Int[np.ndarray, " n"]
+    correct_values: Int[np.ndarray, " n"]
     index: Int[np.ndarray, " n"]
     positions: Int[np.ndarray, " n"]
     skipped: int
@@ -48,7 +51,7 @@ class ExampleScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """Scores of a set of examples. Standard errors are over examples; NaN where there is no example.
+    """Scores of a set of examples. Standard errors are over examples; NaN where there is nothing to average.
 
     Attributes:
       bits_per_token, bits_per_byte: mean over examples of each answer's bits per token, per UTF-8 byte.
@@ -56,7 +59,9 @@ class TaskScore:
       token_accuracy: share of all answer tokens that are the likeliest, given the true answer up to them.
       exact_match: share of answers all of whose tokens are; equal to exact match of greedy decoding up to the
         answer's length (the end token is not scored).
-      examples, skipped, answer_tokens, answer_bytes: counts.
+      value_recall: share of the values that the examples mark all of whose tokens are the likeliest; the tokens of
+        fixed words do not count.
+      examples, skipped, answer_tokens, answer_bytes, values: counts.
       examples_beyond_training_length: of `examples`, those with more positions than a row of training, which measure
         extrapolation; 0 where that length was not given.
       dropped_fraction: as in `ExampleScores`.
@@ -70,11 +75,14 @@ class TaskScore:
     token_accuracy_standard_error: float
     exact_match: float
     exact_match_standard_error: float
+    value_recall: float
+    value_recall_standard_error: float
     examples: int
     skipped: int
     examples_beyond_training_length: int
     answer_tokens: int
     answer_bytes: int
+    values: int
     dropped_fraction: float
 
     @classmethod
@@ -84,6 +92,8 @@ class TaskScore:
         bits = scores.nll / math.log(2)
         per_token = bits / scores.answer_tokens
         exact = (scores.correct_tokens == scores.answer_tokens).astype(np.float64)
+        marked = scores.values > 0
+        values, recalled = scores.values[marked], scores.correct_values[marked]
         return cls(
             bits_per_token=_mean(per_token),
             bits_per_token_standard_error=ratio_standard_error(per_token, np.ones_like(per_token)),
@@ -93,11 +103,14 @@ class TaskScore:
             token_accuracy_standard_error=ratio_standard_error(scores.correct_tokens, scores.answer_tokens),
             exact_match=_mean(exact),
             exact_match_standard_error=ratio_standard_error(exact, np.ones_like(exact)),
+            value_recall=_ratio(recalled, values),
+            value_recall_standard_error=ratio_standard_error(recalled, values),
             examples=len(scores.nll),
             skipped=scores.skipped,
             examples_beyond_training_length=int(np.sum(scores.positions > longest)),
             answer_tokens=int(scores.answer_tokens.sum()),
             answer_bytes=int(scores.answer_bytes.sum()),
+            values=int(scores.values.sum()),
             dropped_fraction=scores.dropped_fraction,
         )
 
@@ -133,7 +146,8 @@ def score_each(
     starts = np.array(answer_starts, np.int64)
     # Without a token before it nothing predicts the first answer token.
     scorable = (starts >= 1) & (lengths >= starts) & (lengths <= model.config.max_sequence_length)
-    nll, correct = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+    nll, correct, recalled = np.zeros(len(examples)), *np.zeros((2, len(examples)), np.int64)
+    owner, value_starts, value_ends = value_tokens(tokenizer, examples, lengths + 1)
     for length, members in length_buckets(lengths, scorable, model.config.max_sequence_length).items():
         rows = evaluator.rows_together(min(batch_size, 1 << (len(members) - 1).bit_length()), length)
         for chosen, present in batches_of(len(members), rows):
@@ -143,6 +157,12 @@ def score_each(
             group = members[chosen[:present]]
             nll[group] = np.where(in_answer, losses, 0).sum(1, dtype=np.float64)[:present]
             correct[group] = (in_answer & right).sum(1)[:present]
+            row_of = np.full(len(examples), -1)
+            row_of[group] = np.arange(present)
+            here = np.flatnonzero(row_of[owner] >= 0)
+            # Token t is predicted at position t - 1.
+            whole = all_right(right, row_of[owner[here]], value_starts[here] - 1, value_ends[here] - 1)
+            np.add.at(recalled, owner[here], whole)
     index = np.flatnonzero(scorable)
     answer_bytes = np.array([len(example.answer.encode()) for example in examples], np.int64)
     return ExampleScores(
@@ -150,11 +170,56 @@ def score_each(
         answer_tokens=(lengths + 1 - starts)[index],
         answer_bytes=answer_bytes[index],
         correct_tokens=correct[index],
+        values=np.bincount(owner, minlength=len(examples))[index],
+        correct_values=recalled[index],
         index=index,
         positions=lengths[index],
         skipped=len(examples) - len(index),
         dropped_fraction=evaluator.dropped_fraction,
     )
+
+
+def value_tokens(
+    tokenizer: Tokenizer, examples: Sequence[Example], counts: Int[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " v"], Int[np.ndarray, " v"], Int[np.ndarray, " v"]]:
+    """Where the values that examples mark stand among the tokens of prompt + answer.
+
+    As with the boundary of the answer, a place is the number of tokens of the text before it. A value has one token
+    at least: the next one, where it is merged with what stands before it.
+
+    Args:
+      tokenizer: of the examples.
+      examples: with `values`, or without.
+      counts: tokens of each prompt + answer.
+
+    Returns:
+      For each value the number of its example, its first token, and the one after its last.
+    """
+    places = [
+        (number, example.prompt + example.answer[:start], example.prompt + example.answer[:end])
+        for number, example in enumerate(examples)
+        for start, end in example.values
+    ]
+    if not places:
+        return (np.zeros(0, np.int64),) * 3
+    texts = list(dict.fromkeys(text for _, *before in places for text in before))
+    tokens = dict(zip(texts, map(len, tokenizer.encode_arrays(texts)), strict=True))
+    owner = np.array([number for number, *_ in places], np.int64)
+    starts = np.minimum([tokens[start] for _, start, _ in places], counts[owner] - 1)
+    ends = np.clip([tokens[end] for _, _, end in places], starts + 1, counts[owner])
+    return owner, starts, ends
+
+
+def all_right(
+    right: Bool[np.ndarray, "B S"],
+    rows: Int[np.ndarray, " v"],
+    starts: Int[np.ndarray, " v"],
+    ends: Int[np.ndarray, " v"],
+) -> Bool[np.ndarray, " v"]:
+    """Whether row `rows[i]` is right at every position from `starts[i]` to before `ends[i]`."""
+    mistakes = np.cumsum(~right, axis=1, dtype=np.int64)
+    mistakes = np.concatenate([np.zeros((len(right), 1), np.int64), mistakes], axis=1)
+    return mistakes[rows, ends] == mistakes[rows, starts]
 
 
 def padded_length(length: int | np.ndarray, longest: int) -> np.ndarray:

@@ -16,7 +16,14 @@ from jaxmoe.config import ConfigError, config_hash, to_dict
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
 from jaxmoe.scaling.study import HEADLINE_SLICE, Member, Study
 from jaxmoe.storage import is_remote, read_json
-from jaxmoe.training import CHECKPOINT_DIRECTORY, DONE_FILE, check_directory
+from jaxmoe.training import (
+    CHECKPOINT_DIRECTORY,
+    DONE_FILE,
+    CheckpointError,
+    check_directory,
+    check_format,
+    check_unused,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +60,12 @@ def preflight(
     for member in members:
         check_directory(workdir / member.name, member.config, resume)
     waiting = [member for member in members if not is_done(workdir / member.name, member)]
+    for member in waiting:
+        check_unused(workdir / member.name)
+        try:
+            check_format(workdir / member.name / CHECKPOINT_DIRECTORY)
+        except CheckpointError as error:
+            raise ConfigError(f"member {member.name!r}: {error}") from error
     check_data(waiting, cache_dir)
     _check_space(workdir, waiting)
 

@@ -115,7 +115,7 @@ def results_table(study_dir: epath.PathLike) -> pd.DataFrame:
       the gap between pre-training and downstream loss; of what the two are the mean differs, so read it as a trend).
     * `accuracy_gap/SOURCE`: accuracy on the same training split minus that on the test split.
     * `loss_accuracy_gap/SOURCE`: accuracy on the test split minus what the best non-increasing function of its bits
-      per token gives, over the last rows of all members: negative where a member turns its loss into less accuracy than
+      per token gives, over all rows of all members: negative where a member turns its loss into less accuracy than
       the others do.
     * `last`: whether it is the member's last row.
 
@@ -157,7 +157,7 @@ def _with_gaps(table: pd.DataFrame) -> pd.DataFrame:
         if "training_loss" in table:
             columns[f"task_minus_training_loss/{source}"] = test_loss - table["training_loss"].astype(float)
         columns[f"loss_accuracy_gap/{source}"] = loss_accuracy_gap(
-            table[f"bits_per_token/{source}/test"].astype(float).where(table["last"]),
+            table[f"bits_per_token/{source}/test"].astype(float),
             table[f"accuracy/{source}/test"].astype(float),
         )
     return table.assign(**columns)

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import jax
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
-from jaxmoe.evaluation import checkpoint_context, evaluate_all, write_records
+from jaxmoe.evaluation import checkpoint_context, evaluate_all, set_aside, write_records
 from jaxmoe.scaling.preflight import STUDY_FILE, Resume, is_done, preflight, read_done, study_file_contents
 from jaxmoe.scaling.study import Member, Study
 from jaxmoe.storage import as_path, is_remote, read_json, write_json
@@ -132,6 +134,8 @@ def _run_members(
     preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
     write_json(workdir / STUDY_FILE, study_file_contents(study, workdir, command))
     results: list[MemberResult] = []
+    if jax.device_count() > 1:
+        logger.warning("%d devices are here, and a run uses one of them: %s", jax.device_count(), jax.devices()[0])
     with _reporting(progress) as progress:
         finished = sum(member.config.train.steps for member in members if is_done(workdir / member.name, member))
         progress.study(sum(member.config.train.steps for member in members), finished)
@@ -185,7 +189,14 @@ def run_member(
         "slices": ",".join(member.slices),
     }
 
+    @functools.cache
+    def set_aside_once() -> None:
+        moved = set_aside(directory, config_hash(member.config))
+        if moved:
+            logger.info("%s: %d records of an earlier configuration are in earlier_records now", member.name, moved)
+
     def evaluate(context: EvaluationContext) -> None:
+        set_aside_once()
         write_records(directory, evaluate_all(context, labels))
 
     result = train(
@@ -225,7 +236,6 @@ def _attempt(
             member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
         )
     except (ConfigError, TrainingError) as error:
-        logger.error("%s: %s", member.name, error)
         fatal = isinstance(error, NoSpaceLeftError)
         return MemberResult(member.name, "failed", error=str(error), fatal=fatal)
     except Exception as error:

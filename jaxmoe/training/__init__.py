@@ -1,9 +1,16 @@
 """Training: optimizer, step, loop, checkpoints, logs."""
 
 from jaxmoe.training.allocator import reuse_freed_memory
-from jaxmoe.training.checkpoints import Checkpoints
+from jaxmoe.training.checkpoints import Checkpoints, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
-from jaxmoe.training.errors import CheckpointError, NonFiniteLossError, NoSpaceLeftError, TrainingError
+from jaxmoe.training.errors import (
+    CheckpointError,
+    EvaluationStopped,
+    NonFiniteLossError,
+    NoSpaceLeftError,
+    TrainingError,
+)
+from jaxmoe.training.exclusive import check_unused
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY, TrainResult, train
 from jaxmoe.training.metrics import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.training.optimizer import decay_mask, make_optimizer
@@ -23,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "EvaluationContext",
+    "EvaluationStopped",
     "NoSpaceLeftError",
     "NonFiniteLossError",
     "ProgressReporter",
@@ -33,6 +41,8 @@ __all__ = [
     "TrainingError",
     "averaging_window",
     "check_directory",
+    "check_format",
+    "check_unused",
     "claim_directory",
     "decay_mask",
     "evaluation_context",

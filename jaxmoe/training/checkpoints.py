@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxmoe.storage import is_remote
+from jaxmoe.storage import is_remote, read_json
 from jaxmoe.training.errors import CheckpointError, is_no_space, no_space_left
 from jaxmoe.training.state import TrainState
 from jaxmoe.version import __version__
@@ -119,12 +119,13 @@ class Checkpoints:
                 return self._read(step, like)
             except (CheckpointError, MemoryError):
                 raise
-            except Exception as error:
+            except Exception as wrapper:
+                error = _told(wrapper)
                 if not _is_damage(error):
                     raise CheckpointError(
                         f"the checkpoint of step {step} in {self.directory} could not be read: {_first_line(error)}. "
                         "It does not look damaged, and nothing was moved; run again when that is mended."
-                    ) from error
+                    ) from wrapper
                 aside = self._move_aside(step)
                 logger.warning(
                     "checkpoint of step %d in %s cannot be read (%s); it is now %s, and the one before it is taken",
@@ -169,20 +170,14 @@ class Checkpoints:
                 raise no_space_left(self.directory, last) from error
             kept = "there is none yet" if last is None else f"the last good one is of step {last}"
             raise CheckpointError(
-                f"a checkpoint could not be written to {self.directory}: {_first_line(error)}; {kept}. "
+                f"a checkpoint could not be written to {self.directory}: {_first_line(_told(error))}; {kept}. "
                 "Run again to go on from there."
             ) from error
 
     def _read(self, step: int, like: TrainState) -> Restored:
         args = self._ocp.args
         about = self._manager.restore(step, args=args.Composite(metadata=args.JsonRestore()))["metadata"]
-        version = about["format_version"]
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self.directory} has format {version}, written by jaxmoe "
-                f"{about.get('jaxmoe', 'of a later version')}; jaxmoe {__version__} reads formats up to "
-                f"{FORMAT_VERSION}. Install the newer jaxmoe, or take another folder."
-            )
+        _check_version(self.directory, step, about)
         wanted = _arrays(like)
         self._check_structure(step, about["arrays"], wanted)
         target = {
@@ -223,7 +218,49 @@ class Checkpoints:
         return aside / name
 
 
-def _is_damage(error: Exception) -> bool:
+def check_format(directory: epath.PathLike) -> None:
+    """Checks that the newest checkpoint in a folder can be understood, by its description alone.
+
+    A folder without checkpoints passes, and so does a damaged description, with which `Checkpoints.restore` deals.
+
+    Args:
+      directory: of the checkpoints; it need not be there.
+
+    Raises:
+      CheckpointError: it was written by a later jaxmoe.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = epath.Path(directory)
+    step = max(ocp.path.step.checkpoint_steps(directory) if directory.exists() else (), default=None)
+    if step is None:
+        return
+    try:
+        about = read_json(directory / str(step) / "metadata" / "metadata")
+    except (OSError, ValueError):
+        return
+    if isinstance(about, dict) and "format_version" in about:
+        _check_version(directory, step, about)
+
+
+def _check_version(directory: epath.Path, step: int, about: Mapping[str, Any]) -> None:
+    version = about["format_version"]
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint of step {step} in {directory} has format {version}, written by jaxmoe "
+            f"{about.get('jaxmoe', 'of a later version')}; jaxmoe {__version__} reads formats up to "
+            f"{FORMAT_VERSION}. Install the newer jaxmoe, or take another folder."
+        )
+
+
+def _told(error: BaseException) -> BaseException:
+    """What Orbax wraps in a bare `Exception` while it reads an array: the error that says what happened."""
+    while type(error) is Exception and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_damage(error: BaseException) -> bool:
     """Whether an error says that files are missing, cut or changed, not that this machine could not read them."""
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError | NotADirectoryError)

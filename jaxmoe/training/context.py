@@ -17,7 +17,9 @@ from jaxtyping import Float
 
 from jaxmoe.config import RunConfig, TrainConfig
 from jaxmoe.data import Mixture, Tokenizer, content_changes
+from jaxmoe.training.errors import EvaluationStopped
 from jaxmoe.training.metrics import plain_number
+from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.state import RecentSums, TrainState
 from jaxmoe.training.workdir import training_hash
 
@@ -83,6 +85,7 @@ class EvaluationContext:
       dropped_fraction: assignments dropped in those steps / assignments made.
       skipped_steps: steps so far, from the first on, whose loss or gradient was not finite.
       resumed: that the run was forced to go on with another configuration or other data; None if it never was.
+      stop: by which the run may be asked to stop; None after training.
     """
 
     run: RunConfig
@@ -99,6 +102,16 @@ class EvaluationContext:
     dropped_fraction: float
     skipped_steps: int
     resumed: Resumed | None = None
+    stop: StopRequest | None = None
+
+    def check_stop(self) -> None:
+        """Between two parts of an evaluation: ends it if the run was asked to stop.
+
+        Raises:
+          EvaluationStopped: it was; to be let through to the loop, which evaluates this step anew later.
+        """
+        if self.stop is not None and self.stop.requested is not None:
+            raise EvaluationStopped
 
     def model(self) -> nnx.Module:
         """The `Decoder` as it stands now."""
@@ -112,6 +125,7 @@ def evaluation_context(
     state: TrainState,
     mixture: Mixture,
     resumed: Resumed | None = None,
+    stop: StopRequest | None = None,
 ) -> EvaluationContext:
     """The context of a state, in the loop or read from a checkpoint.
 
@@ -122,6 +136,7 @@ def evaluation_context(
       state: its `recent` sums are those of the last steps if the step is one at which the run is evaluated.
       mixture: of the run.
       resumed: from another configuration or with other data, if it was.
+      stop: by which the run may be asked to stop.
     """
     step, skipped, recent = jax.device_get((state.step, state.skipped, state.recent))
     counts = recent.expert_count
@@ -140,6 +155,7 @@ def evaluation_context(
         dropped_fraction=0.0 if counts is None else float(recent.dropped / max(counts.sum(), 1)),
         skipped_steps=int(skipped),
         resumed=resumed,
+        stop=stop,
     )
 
 

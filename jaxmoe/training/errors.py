@@ -24,6 +24,10 @@ class NonFiniteLossError(TrainingError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+class EvaluationStopped(Exception):
+    """A run was asked to stop during an evaluation; it saves, and evaluates that step anew when it goes on."""
+
+
 class NoSpaceLeftError(CheckpointError):
     """The disk of the run directory is full."""
 

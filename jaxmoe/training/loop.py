@@ -21,7 +21,8 @@ from jaxmoe.data import Mixture
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
-from jaxmoe.training.errors import NonFiniteLossError, explain_no_space
+from jaxmoe.training.errors import EvaluationStopped, NonFiniteLossError, explain_no_space
+from jaxmoe.training.exclusive import exclusive
 from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
@@ -73,7 +74,8 @@ def train(
       run: the configuration.
       directory: of the run, local or gs://.
       on_evaluate: called after each of the steps `run.evaluation.steps_of(steps)`. Its results must not matter to
-        the training, and it must bear being called again for the same step, which happens after a kill.
+        the training, and it must bear being called again for the same step, which happens after a kill. A long one
+        calls the context's `check_stop` now and then, so that a signal need not wait for its end.
       progress: to report to.
       cache_dir: where tokenized text is kept if the configuration does not say.
       resume: `force` goes on in a directory of another configuration, or with data that changed since its checkpoint,
@@ -82,10 +84,13 @@ def train(
       stop: asks the run to stop; None: SIGTERM and SIGINT do, while this call lasts.
 
     Raises:
-      ConfigError: the configuration cannot be run, or not in this directory, or not with the data as they are now.
+      ConfigError: the configuration cannot be run, or not in this directory, or not with the data as they are now;
+        another process is training in the directory.
       TrainingError: a full disk, no readable checkpoint, or too many non-finite steps in a row.
     """
     directory = epath.Path(directory)
+    if jax.process_count() > 1:
+        raise ConfigError(f"{jax.process_count()} JAX processes are connected; a run is trained by one.")
     check_directory(directory, run, resume)
     mixture = Mixture.of_run(run, cache_dir=cache_dir)
     with contextlib.ExitStack() as stack:
@@ -93,6 +98,7 @@ def train(
             stack.enter_context(reuse_freed_memory())
         if stop is None:
             stop = stack.enter_context(StopRequest())
+        stack.enter_context(exclusive(directory))
         keep = run.train.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, keep))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))
@@ -217,20 +223,23 @@ class _Loop:
         self._checkpoints.wait()
         last = self._checkpoints.last_step
         raise NonFiniteLossError(
-            f"{self._run.name}: the loss or the gradient was not finite in {in_a_row} steps in a row, "
+            f"the loss or the gradient was not finite in {in_a_row} steps in a row, "
             f"{step - in_a_row + 1} to {step}. The last good step is {step - in_a_row}; "
             + ("there is no checkpoint yet" if last is None else f"the last checkpoint is of step {last}")
             + f" in {self._checkpoints.directory}. Lower train.learning_rate or train.clip_norm, or look at the data."
         )
 
     def _evaluate(self) -> None:
-        """Calls the evaluator with the state after the step just done."""
+        """Calls the evaluator with the state after the step just done, which may end early to stop the run."""
         self._settle()
         if self._on_evaluate is not None:
             context = evaluation_context(
-                self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed
+                self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed, self._stop
             )
-            self._on_evaluate(context)
+            try:
+                self._on_evaluate(context)
+            except EvaluationStopped:
+                return  # it stays due
         self._evaluation_due = False
 
     def _save(self, data: Any) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from jaxmoe.storage import is_remote, write_text
+from jaxmoe.training.tensorboard import EventFile
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class MetricsLog:
         self._source_names = tuple(source_names)
         self._metrics = JsonLines(directory / METRICS_FILE, after)
         self._throughput = JsonLines(directory / THROUGHPUT_FILE, after)
-        self._tensorboard = _tensorboard_writer(directory / TENSORBOARD_DIRECTORY, after)
+        self._tensorboard = _event_file(directory / TENSORBOARD_DIRECTORY, after)
 
     def write(self, step: int, metrics: Mapping[str, Any], throughput: Mapping[str, Any] | None) -> None:
         """Writes the lines of a step: its fetched metrics, and the speed if there is one."""
@@ -196,12 +197,10 @@ class MetricsLog:
         if throughput is not None:
             self._throughput.write(throughput)
         if self._tensorboard is not None:
-            for name, value in line.items():
-                if name != "step" and value is not None:
-                    self._tensorboard.add_scalar(f"training/{name}", value, step)
-            for name, value in (throughput or {}).items():
-                if name != "step":
-                    self._tensorboard.add_scalar(f"throughput/{name}", value, step)
+            parts = {"training": line, "throughput": throughput or {}}
+            scalars = {f"{part}/{name}": value for part, own in parts.items() for name, value in own.items()
+                       if name != "step" and value is not None}  # fmt: skip
+            self._tensorboard.write(step, scalars)
 
     def flush(self) -> None:
         """Returns when everything written is on disk."""
@@ -211,20 +210,20 @@ class MetricsLog:
             self._tensorboard.flush()
 
     def close(self) -> None:
+        """Flushes and closes all of them."""
         self._metrics.close()
         self._throughput.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
 
-def _tensorboard_writer(directory: epath.Path, after: int) -> Any:
-    """A tensorboardX writer; None, and a line in the log that says why, where there can be none."""
+def _event_file(directory: epath.Path, after: int) -> EventFile | None:
+    """TensorBoard's file; None, and a line in the log that says why, where there can be none."""
     if is_remote(directory):
         logger.info("no TensorBoard files: %s is not a local folder", directory)
         return None
     try:
-        from tensorboardX import SummaryWriter
+        return EventFile(directory, after + 1)
     except ImportError:
         logger.info("no TensorBoard files: tensorboardX is not installed")
         return None
-    return SummaryWriter(str(directory), purge_step=after + 1)

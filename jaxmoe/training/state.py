@@ -40,6 +40,7 @@ class RecentSums:
 
     @classmethod
     def zeros(cls, model: ModelConfig, num_sources: int) -> RecentSums:
+        """The sums over no step."""
         layers = model.num_moe_layers
         return cls(
             source_nll=jnp.zeros(num_sources),

@@ -107,7 +107,8 @@ def make_train_step(model: ModelConfig, train: TrainConfig, num_sources: int) ->
     A step whose total loss or gradient norm is not finite changes nothing but the counters.
 
     Args:
-      model, train: of the run.
+      model: of the run.
+      train: of the run.
       num_sources: of the mixture, weight 0 included.
     """
     return _compiled_step(model, relevant_to_step(train), num_sources)

@@ -142,7 +142,7 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path):
     ("pattern", "message"),
     [
         ("train.json1", "no such file. Did you mean {0}/train.jsonl?"),
-        ("sub/train.jsonl", "no such file. Of its folders only {0} exists"),
+        ("sub/deep/train.jsonl", "no such file. There is no folder {0}/sub."),
         ("*.txt", "matches no file that ends in .jsonl, .jsonl.gz, .json"),
         ("notes.md", "its name ends in none of .jsonl, .jsonl.gz, .json"),
         ("", "is a folder; name its files"),

@@ -7,7 +7,7 @@ import pytest
 
 from jaxmoe.config import ConfigError, KnowledgeSource
 from jaxmoe.data import build_source, load_tokenizer
-from jaxmoe.data.knowledge import biographies
+from jaxmoe.data.knowledge import biographies, recall_by_chance
 from jaxmoe.data.sentences import FACTS
 from jaxmoe.data.tokenizers import SYMBOLS
 
@@ -82,6 +82,21 @@ def test_sentences_are_english_with_a_value_from_each_list():
             written = next(f" {fact.format(value)}" for value in values if rest.startswith(f" {fact.format(value)}"))
             rest = rest.removeprefix(written)
         assert rest == ""
+
+
+def test_values_are_marked_in_sentences_and_in_symbols():
+    config = KnowledgeSource(style="sentences", attributes=len(FACTS), entities=20, test_entities=10)
+    for example in biographies(config, seed=0):
+        marked = [example.answer[start:end] for start, end in example.values]
+        assert all(value[0] == " " and value[1:] in values for value, (_, values) in zip(marked, FACTS, strict=True))
+    for example in biographies(KnowledgeSource(entities=5, test_entities=5), seed=0):
+        assert [example.answer[start:end] for start, end in example.values] == list(example.answer)
+
+
+def test_recall_by_chance_is_one_over_the_number_of_values():
+    assert recall_by_chance(RECIPE) == 1 / 256
+    config = KnowledgeSource(style="sentences", attributes=3)
+    assert recall_by_chance(config) == pytest.approx((1 / 100 + 1 / 12 + 1 / 32) / 3)
 
 
 def test_sentences_have_distinct_names():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.evaluation.records import make_record, record_file, validate_record, write_record
+from jaxmoe.evaluation.records import make_record, record_file, set_aside, validate_record, write_record
 
 
 def identity(**changes):
@@ -74,6 +74,20 @@ def test_arrays_are_refused_except_the_expert_load():
         make_record(identity(), {"loss": np.zeros(2)})
     record = make_record(identity(), {"expert_load": np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)})
     assert record["expert_load"] == [[0.25, 0.75], [0.5, 0.5]]
+
+
+def test_records_of_an_earlier_configuration_are_set_aside(tmp_path):
+    assert set_aside(tmp_path, "new") == 0
+    for config_hash, step in (("old", 100), ("old", 200), ("new", 300)):
+        write_record(tmp_path, make_record(identity(config_hash=config_hash, step=step), {"loss": 1.0}))
+    assert set_aside(tmp_path, "new") == 2
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*.json")}
+    assert names == {
+        "records/task-reasoning-test-00000300.json",
+        "earlier_records/old/task-reasoning-test-00000100.json",
+        "earlier_records/old/task-reasoning-test-00000200.json",
+    }
+    assert set_aside(tmp_path, "new") == 0
 
 
 def test_different_sources_never_share_a_file():

@@ -14,7 +14,7 @@ from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.data import Example
 from jaxmoe.evaluation import TaskScore, evaluate, forward, greedy_answers, score_each, score_examples
 from jaxmoe.evaluation.forward import Evaluator, batches_of
-from jaxmoe.evaluation.scoring import ExampleScores, length_buckets, ratio_standard_error
+from jaxmoe.evaluation.scoring import ExampleScores, length_buckets, ratio_standard_error, value_tokens
 from jaxmoe.models import Decoder
 
 CONFIG = ModelConfig(
@@ -114,6 +114,8 @@ def test_macro_and_pooled_means_are_what_they_say():
         answer_tokens=np.array([4, 1]),
         answer_bytes=np.array([8, 2]),
         correct_tokens=np.array([1, 1]),
+        values=np.array([3, 0]),
+        correct_values=np.array([1, 0]),
         index=np.arange(2),
         positions=np.array([9, 10]),
         skipped=0,
@@ -127,7 +129,59 @@ def test_macro_and_pooled_means_are_what_they_say():
     assert score.examples_beyond_training_length == 0
     assert TaskScore.from_examples(scores, training_length=9).examples_beyond_training_length == 1
     assert score.exact_match == pytest.approx(1 / 2)
-    assert (score.examples, score.answer_tokens, score.answer_bytes) == (2, 5, 10)
+    assert score.value_recall == pytest.approx(1 / 3)
+    assert (score.examples, score.answer_tokens, score.answer_bytes, score.values) == (2, 5, 10, 3)
+
+
+def test_a_value_is_recalled_when_all_of_its_tokens_are_right(model):
+    """Values of one, two and three tokens; the fixed tokens between them count for nothing."""
+    random = np.random.default_rng(4)
+    prompt = sequence(random, 3)
+    (written,) = greedy_answers(model, [prompt], Numbers(), max_new_tokens=9)
+    words = [f" {word}" for word in written.text.split()]
+    assert len(words) == 9
+    assert "8 9" not in written.text
+    places = [len("".join(words[:number])) for number in range(10)]
+    values = ((places[0], places[1]), (places[2], places[4]), (places[5], places[8]))
+
+    def recall(*changed):
+        """Of the three values, with other tokens than the model writes at some places; the last is not followed."""
+        other = [" 47" if word == " 49" else " 49" for word in words]
+        answer = "".join(other[number] if number in changed else word for number, word in enumerate(words))
+        right = brute_force_right(model, prompt, answer)
+        expected = [all(right[begin:end]) for begin, end in ((0, 1), (2, 4), (5, 8))]
+        score = score_examples(model, [Example(prompt, answer, values=values)], Numbers())
+        assert score.values == 3
+        assert score.value_recall == pytest.approx(sum(expected) / 3)
+        return expected
+
+    assert recall() == [True, True, True]
+    assert recall(8) == [True, True, True]
+    assert recall(7) == [True, True, False]
+    assert recall(0)[0] is False
+
+
+def brute_force_right(model, prompt, answer):
+    """Whether each token of an answer is the likeliest."""
+    tokens = Numbers().encode(prompt + answer)
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(tokens)] = tokens
+    likeliest = np.asarray(forward_pass(model, row)[0]).argmax(-1)
+    return [bool(likeliest[place - 1] == tokens[place]) for place in range(len(prompt.split()), len(tokens))]
+
+
+def test_values_stand_where_the_tokens_before_them_end():
+    """A value merged with what is before it ("8" + " 9") is the next token; it never reaches past the text."""
+    examples = [
+        Example("7", " 5 6 8 9", values=((0, 2), (2, 4))),
+        Example("7", " 8 9", values=((2, 4),)),
+        Example("7 7", " 5"),
+    ]
+    counts = np.array([len(Numbers().encode(example.prompt + example.answer)) for example in examples])
+    assert counts.tolist() == [4, 2, 3]
+    owner, starts, ends = value_tokens(Numbers(), examples, counts)
+    assert list(zip(owner.tolist(), starts.tolist(), ends.tolist())) == [(0, 1, 2), (0, 2, 3), (1, 1, 2)]
+    assert [array.size for array in value_tokens(Numbers(), examples[2:], counts[2:])] == [0, 0, 0]
 
 
 def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(examples):

@@ -55,7 +55,10 @@ def test_the_micro_study_has_members_on_both_sides_of_twenty_tokens_per_paramete
         (["--config=quickstart.py", "--dry_run", "--member=E9"], "--member=E9: no such member. Did you mean 'E"),
         (["--config=quickstart.py", "--json"], "--json goes with --dry_run"),
         (["--config=quickstart.py", "--dry_run", "--config.model.moe.num_experts=4"], "every member sets"),
-        (["--config=quickstart.py", "--config.model.vocab_size=200"], "tokenizer"),
+        (["--config=quickstart.py", "--config.model.vocab_size=200"], "smaller than the tokenizer's 276"),
+        (["--config=quickstart.py", "--dry_run", "--config.model.vocab_size=200"], "smaller than the tokenizer's 276"),
+        (["--config=quickstart.py", "--dry_run", "--config.train.steps=0.5"], "--config.train.steps=0.5"),
+        (["--config=quickstart.py", "--dry_run", "--membr=E2"], "Did you mean: member"),
         (
             ["--config=quickstart.py", "--dry_run", "--config.members.E64.model.moe.expert_hidden=128"],
             "E64",

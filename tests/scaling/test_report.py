@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from jaxmoe.evaluation.records import make_record, write_records
 from jaxmoe.scaling import results_table
-from jaxmoe.scaling.report import ReportError, build_report, comparison, findings, style, tables
+from jaxmoe.scaling.report import ReportError, build_report, comparison, findings, plots, style, tables
 from jaxmoe.storage import write_json
 
 STEPS, TOKENS_PER_STEP = 20, 1000
@@ -115,7 +115,7 @@ def records(run, summary, sources, step):
             yield record(
                 "task", source, split, bits_per_token=(2 - accuracy) / part, bits_per_token_standard_error=0.01,
                 bits_per_byte=1.0, loss=1.0, accuracy=accuracy * part, accuracy_standard_error=0.01,
-                accuracy_kind="token_accuracy" if source == "knowledge" else "exact_match", chance_accuracy=0.004,
+                accuracy_kind="value_recall" if source == "knowledge" else "exact_match", chance_accuracy=0.004,
                 examples=100,
             )  # fmt: skip
 
@@ -207,6 +207,26 @@ def test_the_member_table_holds_sizes_results_and_speed(quick):
     assert same.to_dict() == pytest.approx(gap.to_dict()), "one definition, in bits per token"
     np.testing.assert_allclose(table["loss_accuracy_gap/reasoning/test"], 0, atol=1e-12)
     assert "reasoning loss–accuracy gap (test)" in Page(quick / "index.html").text
+
+
+def test_the_loss_accuracy_gap_is_drawn_and_is_that_of_the_table(tmp_path, undrawn):
+    """E8 solves more than the others at a larger loss, so a falling function gives all three the mean."""
+    directory = write_study(tmp_path, FAMILY)
+    path = directory / "E8" / "records" / f"task-reasoning-test-{STEPS:08d}.json"
+    write_json(path, {**json.loads(path.read_text()), "bits_per_token": 1.5})
+    report = build_report(directory).parent
+    drawn = pd.read_csv(report / "main-loss-accuracy-gap.csv").set_index(["source", "member"]).gap
+    assert drawn["reasoning"].to_dict() == pytest.approx(
+        {run.name: run.solved - (0.75 + 0.81 + 0.74) / 3 for run in FAMILY}
+    )
+    pooled = (0.21 + 0.10 + 0.325) / 3  # with E64 at half time, which recalls more at a larger loss
+    assert drawn["knowledge"].to_dict() == pytest.approx({"E2": 0.10 - pooled, "E8": 0.21 - pooled, "E64": 0})
+    table = pd.read_csv(report / "members.csv").set_index("member")["loss_accuracy_gap/reasoning/test"]
+    assert table.to_dict() == pytest.approx(drawn["reasoning"].to_dict())
+    assert "Loss–accuracy gap." in Page(report / "index.html").text
+
+
+def test_the_numbers_of_both_tables_are_named(quick):
     assert "reasoning gap (test − train, corrected, bits per token)" in Page(quick / "index.html").text
 
 
@@ -223,7 +243,7 @@ def test_the_page_has_every_file_it_names_and_needs_no_other(quick):
             assert link[1:] in page.anchors
         else:
             assert (quick / link).stat().st_size > 0, link
-    assert len(page.images) == len(page.sources) == 8
+    assert len(page.images) == len(page.sources) == 9
     for image, narrow in zip(page.images, page.sources):
         assert len(image["alt"]) > 20
         assert png_size(quick / image["src"]) == (int(image["width"]), int(image["height"]))
@@ -255,17 +275,10 @@ def test_sections_after_the_headline_have_no_narrow_images(tmp_path, undrawn):
     assert {image["srcset"] for image in page.sources} == {path.name for path in report.glob("*-narrow.png")}
 
 
-def test_knowledge_in_sentences_is_not_called_recall_of_values(tmp_path, undrawn):
-    directory = write_study(tmp_path, FAMILY[:2])
-    assert "share of attribute values recalled" in Page(build_report(directory)).text
-    for run in FAMILY[:2]:
-        path = directory / run.name / "config.json"
-        config = json.loads(path.read_text())
-        config["data"]["sources"]["knowledge"]["style"] = "sentences"
-        write_json(path, config)
-    text = Page(build_report(directory)).text
-    assert "share of attribute values recalled" not in text
-    assert "knowledge, share of tokens predicted, template words included" in text
+def test_what_accuracy_counts_is_said_with_what_guessing_would_give(tmp_path, undrawn):
+    text = Page(build_report(write_study(tmp_path, FAMILY[:2]))).text
+    assert "knowledge, share of attribute values recalled (chance 0.004)" in text
+    assert "reasoning, share of worked solutions right in every step (chance 0.004)" in text
 
 
 def test_examples_longer_than_rows_of_training_are_mentioned(tmp_path, undrawn):
@@ -402,6 +415,38 @@ def test_a_headline_without_a_finished_member_still_makes_a_page(tmp_path, undra
     runs = [dataclasses.replace(FAMILY[0], reached=STEPS // 2), control]
     page = Page(build_report(write_study(tmp_path, runs)))
     assert "The slice shown is “control”." in page.text
+
+
+def test_a_slice_of_which_only_borrowed_members_were_run_is_no_comparison(tmp_path, undrawn):
+    """Running the headline alone must not give a learning-rate section with one learning rate."""
+    described = {"main": {}, "rates": {"x": "learning_rate", "title": "Rates"}}
+    lent = [dataclasses.replace(run, slices=("main", "rates")) for run in FAMILY]
+    report = build_report(write_study(tmp_path / "headline", lent, slices=described)).parent
+    assert "Rates" not in Page(report / "index.html").text
+    assert not list(report.glob("rates-*"))
+    other = Run("E2-lr", "E2-lr", 1_000, slices=("rates",), learning_rate=0.02)
+    report = build_report(write_study(tmp_path / "both", [*lent, other], slices=described)).parent
+    assert "Rates" in Page(report / "index.html").text
+
+
+def test_the_summary_has_memorization_and_reasoning_however_many_sources_there_are(tmp_path, undrawn):
+    sources = ("a", "b", "c", "d", "knowledge", "reasoning")
+    report = build_report(write_study(tmp_path, FAMILY, sources=sources)).parent
+    drawn = pd.read_csv(report / "summary.csv", keep_default_na=False)
+    assert list(dict.fromkeys(zip(drawn.metric, drawn.source))) == [
+        ("accuracy", "knowledge"), ("accuracy", "reasoning"), ("training_loss", ""), ("validation_loss", "a"),
+    ]  # fmt: skip
+
+
+def test_names_of_lines_at_the_bottom_stay_off_the_axis():
+    with style.figure_style():
+        _, (axes,) = style.new_figure(1, 1)
+        axes.set_ylim(-0.02, 1)
+        plots.label_lines(axes, [(0.0, "one", "k"), (0.0, "two,\nlines", "k"), (0.0, "three", "k"), (0.9, "top", "k")])
+    heights = [text.xy[1] for text in axes.texts]
+    assert heights[0] >= 0
+    assert all(after - before > 0.05 for before, after in itertools.pairwise(heights))
+    assert heights[3] == pytest.approx(0.92 / 1.02, abs=1e-3), "one that nothing touches stays where it is"
 
 
 def test_what_another_configuration_left_is_excluded_and_said(tmp_path, undrawn):

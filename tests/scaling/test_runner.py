@@ -12,6 +12,7 @@ import pytest
 from jaxmoe.config import ConfigError, config_hash
 from jaxmoe.scaling import Study, preflight, read_records, results_table, run_member, run_study, runner
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
+from jaxmoe.training.exclusive import exclusive
 
 CONFIG = {
     "study": {"name": "tiny", "title": "Tiny", "held_fixed": {"tokens": 0.0}},
@@ -123,7 +124,8 @@ def test_the_records_say_what_the_logs_say(finished):
     assert record["skipped_steps"] == 0
     assert sum(record["expert_load"][0]) == pytest.approx(1)
     task = records["task", "knowledge", "train", 8]
-    assert (task["accuracy_kind"], task["accuracy"]) == ("token_accuracy", task["token_accuracy"])
+    assert (task["accuracy_kind"], task["accuracy"]) == ("value_recall", task["value_recall"])
+    assert task["value_recall"] == task["token_accuracy"], "in symbols every token of an answer is a value"
     assert task["chance_accuracy"] == 1 / 256
     assert task["bits_per_byte"] == pytest.approx(task["bits_per_token"] / 2), "each letter is two bytes"
     task = records["task", "reasoning", "test", 8]
@@ -182,8 +184,37 @@ def test_force_evaluates_again_with_the_new_settings_and_trains_no_further(copie
     records = [entry for entry in read_records(copied) if entry["member"] == "first" and entry["evaluation"] == "task"]
     assert {entry["examples"] for entry in records if entry["step"] == 8} == {4}
     assert not [entry for entry in records if entry["step"] == 4], "those are of the other configuration"
-    earlier = json.loads((copied / "first" / "records" / "task-reasoning-test-00000004.json").read_text())
-    assert earlier["examples"] == 8
+    assert len({entry["config_hash"] for entry in records}) == 1
+    aside = copied / "first" / "earlier_records" / config_hash(study_of().member("first").config)
+    for step in (4, 8):
+        earlier = json.loads((aside / f"task-reasoning-test-{step:08d}.json").read_text())
+        assert earlier["examples"] == 8, "set aside, not lost"
+
+
+def test_a_study_does_not_start_while_another_process_trains_a_member(tmp_path):
+    with exclusive(tmp_path / "second"), pytest.raises(ConfigError, match="second: process .* is training in this"):
+        run_study(study_of(), tmp_path)
+    assert not (tmp_path / "first").exists()
+    assert not (tmp_path / "study.json").exists()
+
+
+def test_a_checkpoint_of_a_newer_version_is_noticed_before_anything_is_trained(copied):
+    (copied / "second" / "DONE").unlink()
+    shutil.rmtree(copied / "first")
+    path = copied / "second" / "checkpoints" / "8" / "metadata" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    with pytest.raises(ConfigError, match="member 'second': the checkpoint of step 8 .* has format 99"):
+        run_study(study_of(), copied)
+    assert not (copied / "first").exists()
+    path.write_text("{")  # damaged: the one before it will be taken
+    run_study(study_of(), copied)
+    assert (copied / "second" / "unreadable_checkpoints" / "8").is_dir()
+
+
+def test_devices_that_are_not_used_are_mentioned(copied, caplog, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: 4)
+    run_study(study_of(), copied)
+    assert "4 devices are here, and a run uses one of them" in caplog.text
 
 
 def test_force_does_not_relabel_a_finished_member(copied):
@@ -207,7 +238,7 @@ def test_force_on_an_unfinished_member_is_recorded(tmp_path):
 
 @pytest.mark.parametrize("moment", ["the last evaluation", "between members"])
 def test_a_signal_outside_of_training_stops_the_study_too(tmp_path, monkeypatch, moment):
-    """The first member is finished, the second is left for later."""
+    """Nothing more is begun: an evaluation is done anew, and the second member is left for later."""
 
     def terminate():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -229,9 +260,10 @@ def test_a_signal_outside_of_training_stops_the_study_too(tmp_path, monkeypatch,
     monkeypatch.setattr(runner, "run_member", run_member)
     before = signal.getsignal(signal.SIGTERM)
     result = run_study(study_of(), tmp_path)
-    assert [member.status for member in result.members] == ["done", "pending"]
+    first = {"the last evaluation": "resumable", "between members": "done"}[moment]
+    assert [member.status for member in result.members] == [first, "pending"]
     assert result.status == "resumable"
-    assert (tmp_path / "first" / "DONE").exists()
+    assert (tmp_path / "first" / "DONE").exists() == (first == "done")
     assert not (tmp_path / "second").exists()
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -103,6 +103,12 @@ def truncate(step_directory):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def truncate_large(step_directory):
+    """Only the arrays: the index beside them stays whole, so that the damage shows when they are read."""
+    largest = max(data_files(step_directory), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+
+
 def delete_arrays(step_directory):
     for path in data_files(step_directory):
         path.unlink()
@@ -136,7 +142,9 @@ def lie_about_an_array(step_directory):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's, on what it cannot read
-@pytest.mark.parametrize("damage", [truncate, delete_arrays, change_bytes, delete_metadata, lie_about_an_array])
+@pytest.mark.parametrize(
+    "damage", [truncate, truncate_large, delete_arrays, change_bytes, delete_metadata, lie_about_an_array]
+)
 def test_damaged_newest_is_set_aside_and_the_one_before_taken(tiny_run, saved, directory, copied, caplog, damage):
     damage(directory / "3")
     with Checkpoints(directory, keep=3) as checkpoints, caplog.at_level(logging.WARNING, "jaxmoe"):

@@ -14,7 +14,7 @@ from jaxmoe.scaling.report.comparison import Comparison, compare
 from jaxmoe.scaling.report.errors import ReportError
 from jaxmoe.scaling.report.figures import ReportFigure
 from jaxmoe.scaling.report.tables import StudyTables, load_study
-from jaxmoe.storage import as_path
+from jaxmoe.storage import as_path, write_bytes, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,6 +67,7 @@ def slice_figures(tables: StudyTables, comparison: Comparison) -> Iterator[Repor
     optional = (
         trajectories.loss_figure(tables, part, f"{stem}-task-loss"),
         trajectories.accuracy_figure(tables, part, f"{stem}-accuracy"),
+        figures.loss_accuracy_figure(tables, comparison, f"{stem}-loss-accuracy-gap"),
         figures.gap_figure(tables, comparison, f"{stem}-gap"),
         expert_load.load_figure(tables, part, f"{stem}-expert-load"),
         trajectories.training_figure(tables, part, f"{stem}-training-curves"),
@@ -83,7 +84,7 @@ class _Folder:
         self._written: list[str] = []
 
     def write(self, name: str, contents: bytes) -> None:
-        (self.directory / name).write_bytes(contents)
+        write_bytes(self.directory / name, contents)
         self._written.append(name)
 
     def write_csv(self, name: str, table: pd.DataFrame) -> None:
@@ -109,4 +110,4 @@ class _Folder:
         for name in set(earlier) - set(self._written):
             if name == pathlib.PurePosixPath(name).name:
                 (self.directory / name).unlink(missing_ok=True)
-        manifest.write_text("".join(f"{name}\n" for name in sorted(self._written)))
+        write_text(manifest, "".join(f"{name}\n" for name in sorted(self._written)))

@@ -184,14 +184,10 @@ def accuracy_caption(tables: StudyTables) -> str:
     for source, own in rows.groupby("source", sort=False):
         kind = tables.kinds[source]
         counted = {
-            "token_accuracy": "share of answer tokens right, given the true ones before",
             "generation": "share of written answers whose result is right",
         }.get(own.kind.iloc[-1], "share of answers right in every token")
         if kind == "knowledge":
-            counted = (
-                "share of tokens predicted, template words included" if source in tables.sentences else
-                "share of attribute values recalled"
-            )  # fmt: skip
+            counted = "share of attribute values recalled"
         elif kind == "reasoning":
             counted = "share of worked solutions right in every step"
         chance = own.chance.dropna()

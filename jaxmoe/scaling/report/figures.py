@@ -22,7 +22,7 @@ from jaxmoe.scaling.report.comparison import (
 from jaxmoe.scaling.report.panels import Panel, alternative_text, columns_for, draw_panels, split_key
 from jaxmoe.scaling.report.plots import OPTIMAL_TOKENS_PER_PARAMETER, optimum_in_range
 from jaxmoe.scaling.report.tables import StudyTables
-from jaxmoe.scaling.results import generalization_gaps
+from jaxmoe.scaling.results import generalization_gaps, loss_accuracy_gap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +34,9 @@ TITLES = {
     "task_loss": "Task loss",
     "accuracy": "Accuracy",
 }
+
+_SUMMARY_ORDER = {"knowledge": 0, "reasoning": 1, "question_answer": 2, "text": 3}
+"""Which kinds of source come first where there is not room for all."""
 
 _CORRECTED = "Corrected: the training problems with their corrupted solutions put right."
 
@@ -147,6 +150,64 @@ def gap_figure(tables: StudyTables, comparison: Comparison, name: str) -> Report
     )
 
 
+def loss_accuracy_figure(tables: StudyTables, comparison: Comparison, name: str) -> ReportFigure | None:
+    """Accuracy beyond what the task loss explains, per source; None if no source has members enough to tell."""
+    residuals = loss_accuracy_gaps(tables).dropna(subset=["value"])
+    rows = comparison.rows[(comparison.rows.metric == "accuracy") & (comparison.rows["rank"] == 0)]
+    rows = rows.drop(columns=["value", "standard_error"]).merge(residuals, on=["member", "source", "split"])
+    if rows.empty:
+        return None
+    x = comparison.part.x
+    panels = [
+        Panel(f"{source}: loss–accuracy gap", "accuracy", own, f"{split_name(own.split.iloc[0])} split",
+              difference=True)
+        for source, own in ((source, rows[rows.source == source]) for source in tables.kinds)
+        if not own.empty
+    ]  # fmt: skip
+    caption = [
+        f"Accuracy at the last step minus what the task loss explains of it, against {x_label(x)}. Explained is the "
+        "best non-increasing function of the task loss over all evaluations of all members of the study, early ones "
+        "included: zero where a member is on the common curve, negative where it turns its loss into less accuracy "
+        "than the others do at theirs. A member whose losses no other reaches is its own curve there.",
+        seeds_caption(comparison),
+        status_caption(tables, comparison.part),
+    ]
+    columns = _unique("source", "split", "series", "arm", "seed", "member", x, "total_parameters", "task_loss",
+                      "accuracy", "value")  # fmt: skip
+    return ReportFigure(
+        name=name,
+        title="Loss–accuracy gap",
+        caption=" ".join(filter(None, caption)),
+        alt=alternative_text(panels, x),
+        data=rows[columns].rename(columns={"value": "gap"}).sort_values(
+            ["source", x, "arm", "seed"], kind="stable"
+        ),
+        draw=lambda columns: draw_panels(tables.kinds, comparison, panels, x, columns),
+        columns=columns_for(len(panels)),
+    )
+
+
+def loss_accuracy_gaps(tables: StudyTables) -> pd.DataFrame:
+    """`loss_accuracy_gap` over all evaluations of all members, on the split that each source is about.
+
+    Returns:
+      A row per (source, member) that has final numbers: `split`, `task_loss`, `accuracy`, and the gap as `value`.
+    """
+    import pandas as pd
+
+    measured = tables.results[tables.results["rank"] == 0]
+    parts = []
+    for source, own in measured[measured.metric.isin(["task_loss", "accuracy"])].groupby("source", sort=False):
+        wide = own.pivot(index=["member", "final", "step"], columns="metric", values="value")
+        if {"task_loss", "accuracy"} <= set(wide):
+            gap = loss_accuracy_gap(wide.task_loss, wide.accuracy)
+            gap = gap.mask(gap.abs() < 1e-9, 0.0)  # rounding, which would get an axis of its own
+            wide = wide.assign(source=source, split=own.split.iloc[0], value=gap).reset_index()
+            parts.append(wide[wide.final])
+    columns = ["source", "split", "member", "task_loss", "accuracy", "value"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
 def gaps(rows: pd.DataFrame) -> pd.DataFrame:
     """`generalization_gaps` of the numbers that figures show."""
     shown = metric_rows(rows)
@@ -160,8 +221,8 @@ def summary_figure(tables: StudyTables, comparison: Comparison) -> ReportFigure:
     rows = metric_rows(comparison.rows)
     x = comparison.part.x
     panels = [Panel("Training loss", "training_loss", rows[rows.metric == "training_loss"], "whole mixture")]
-    for source, kind in tables.kinds.items():
-        panel = _summary_panel(rows[rows.source == source], source, kind, source in tables.sentences)
+    for source, kind in sorted(tables.kinds.items(), key=lambda entry: _SUMMARY_ORDER.get(entry[1], 4)):
+        panel = _summary_panel(rows[rows.source == source], source, kind)
         if panel is not None and len(panels) < 4:
             panels.append(panel)
     panels = [panel for panel in panels if not panel.rows.empty]
@@ -185,11 +246,10 @@ def summary_figure(tables: StudyTables, comparison: Comparison) -> ReportFigure:
     )
 
 
-def _summary_panel(rows: pd.DataFrame, source: str, kind: str, sentences: bool) -> Panel | None:
+def _summary_panel(rows: pd.DataFrame, source: str, kind: str) -> Panel | None:
     """What a source is about: recall of what was seen, accuracy on what is new, else its loss."""
     wanted = {
-        "knowledge": ("accuracy", "Memorization",
-                      "share of tokens predicted, template included" if sentences else "share of facts recalled"),
+        "knowledge": ("accuracy", "Memorization", "share of facts recalled"),
         "reasoning": ("accuracy", "Reasoning", "share of problems solved"),
         "text": ("validation_loss", f"{source}: validation loss", ""),
     }

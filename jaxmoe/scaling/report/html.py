@@ -252,7 +252,7 @@ def _reading(tables: StudyTables) -> str:
              "per answer token. “Train, corrected” has the training problems"
              " with correct solutions, so it is the fair partner of a clean test split."),
             ("Loss–accuracy gap", "Accuracy minus what the best non-increasing function of the task loss gives, fitted "
-             "to all members' last evaluations: negative where a member turns its loss into less accuracy than the "
+             "to all evaluations of all members: negative where a member turns its loss into less accuracy than the "
              "others do."),
         ]  # fmt: skip
     entries += [

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmoe.scaling.report import style
 from jaxmoe.scaling.report.comparison import split_name
-from jaxmoe.scaling.report.figures import gaps, metric_rows
+from jaxmoe.scaling.report.figures import gaps, loss_accuracy_gaps, metric_rows
 from jaxmoe.scaling.report.tables import StudyTables
-from jaxmoe.scaling.results import loss_accuracy_gap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,11 +50,8 @@ def member_numbers(tables: StudyTables) -> pd.DataFrame:
     for row in gaps(final).itertuples():
         if row.metric != "accuracy":
             columns.setdefault(f"generalization_gap/{row.source}/{row.split}", {})[row.member] = row.value
-    for source, own in final[final["rank"] == 0].groupby("source", sort=False):
-        values = own[own.metric.isin(["task_loss", "accuracy"])].pivot(index="member", columns="metric", values="value")
-        if {"task_loss", "accuracy"} <= set(values):
-            residual = loss_accuracy_gap(values.task_loss, values.accuracy)
-            columns[f"loss_accuracy_gap/{source}/{own.split.iloc[0]}"] = residual.to_dict()
+    for (source, split), own in loss_accuracy_gaps(tables).groupby(["source", "split"], sort=False):
+        columns[f"loss_accuracy_gap/{source}/{split}"] = dict(zip(own.member, own.value))
     measured = pd.DataFrame({name: tables.members.member.map(values) for name, values in columns.items()})
     ordered = sorted(measured.columns, key=lambda name: (name != "training_loss", name))
     identity = tables.members[["member", "arm", "seed", "slices", "status", "step", *_SIZES, *_SETTINGS]]

@@ -45,7 +45,8 @@ def split_key(rows: pd.DataFrame) -> str:
     """`solid: test · dashed: train`, empty for a single split."""
     splits = rows.drop_duplicates("rank").sort_values("rank")
     manners = ("solid", "dashed", "dotted")
-    named = [f"{manners[rank]}: {split_name(split)}" for split, rank in zip(splits.split, splits["rank"])]
+    names = [split_name(split).removeprefix("train, ") for split in splits.split]
+    named = [f"{manners[rank]}: {name}" for name, rank in zip(names, splits["rank"])]
     return " · ".join(named) if len(named) > 1 else ""
 
 
@@ -59,9 +60,10 @@ def draw_panels(
     """
     with style.figure_style():
         figure, grid = style.new_figure(len(panels), columns)
+        level = " " if any(panel.subtitle for panel in panels) else ""  # keeps the titles of a row at one height
         for axes, panel in zip(grid, panels):
             plots.compared_axis(axes, x, panel.rows[x])
-            plots.titles(axes, panel.title, panel.subtitle)
+            plots.titles(axes, panel.title, panel.subtitle or level)
             plots.value_axis(axes, panel.metric, panel.rows.value, difference=panel.difference)
             if comparison.single:
                 _draw_sources(axes, kinds, panel, x)

@@ -115,7 +115,8 @@ def value_axis(axes: Axes, metric: str, values: Iterable[float], *, difference: 
     low, high = min(values, default=0.0), max(values, default=1.0)
     axes.set_ylabel(UNITS[metric])
     if difference:
-        low, high = min(low, 0.0), max(high, 0.0)
+        least = 0.01 if metric == "accuracy" else 0.0  # a difference of a few examples shall not fill the panel
+        low, high = min(low, -least), max(high, least)
         axes.axhline(0, color=style.MUTED, linewidth=0.9, zorder=0.6)
         axes.set_ylabel("difference of accuracy" if metric == "accuracy" else UNITS[metric])
     room = 0.07 * ((high - low) or abs(high) or 1.0)
@@ -193,6 +194,10 @@ def label_lines(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
             if overlap > 1e-9:
                 places[index] -= overlap / 2
                 places[index + 1] += overlap / 2
+    lowest = 0.0  # below it are the labels of the horizontal axis
+    for index, height in enumerate(heights):
+        places[index] = max(places[index], lowest)
+        lowest = places[index] + (height + heights[min(index + 1, len(heights) - 1)]) / 2
     for place, (_, text, colour) in zip(places, wanted):
         axes.annotate(
             text, (1.0, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points", color=colour,

@@ -62,7 +62,6 @@ class StudyTables:
       command: what was run, if `study.json` says it; else None.
       slices: the headline first.
       kinds: source name -> knowledge, reasoning, question_answer or text.
-      sentences: knowledge sources in English, whose answers have template words beside the values.
       foreign: member -> how many of its records are of another configuration, and so left out.
       members: a row per member: name, arm, seed, slices, sizes, settings, status, step, tokens_seen, ...
       results: long: member, arm, seed, step, tokens, evaluation, source, split, metric, value, standard_error (over
@@ -82,7 +81,6 @@ class StudyTables:
     command: str | None
     slices: tuple[StudySlice, ...]
     kinds: Mapping[str, str]
-    sentences: frozenset[str]
     foreign: Mapping[str, int]
     members: pd.DataFrame
     results: pd.DataFrame
@@ -152,7 +150,6 @@ def load_study(study_dir: epath.PathLike) -> StudyTables:
         command=study.get("command"),
         slices=_slices(described, members),
         kinds=kinds,
-        sentences=_in_sentences(configs),
         foreign=foreign,
         members=members,
         results=results,
@@ -175,6 +172,7 @@ def _described_slices(study: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _slices(described: Mapping[str, Any], members: pd.DataFrame) -> tuple[StudySlice, ...]:
+    """The comparisons that the members at hand make."""
     names = [*described, *(name for slices in members.slices for name in slices)]
     slices = []
     for name in dict.fromkeys(names):
@@ -188,6 +186,8 @@ def _slices(described: Mapping[str, Any], members: pd.DataFrame) -> tuple[StudyS
                               "have (or have several different values of; give a dotted key).")  # fmt: skip
         if not all(isinstance(value, int | float) for value in rows[x].dropna()):
             raise ReportError(f"slice {name!r} is to be drawn against {x!r}, which is not a number.")
+        if slices and x != slices[0].x and rows[x].nunique() < 2:
+            continue  # members that another slice lends to this one, of which nothing else was run
         ordered = rows.assign(_x=rows[x].astype(float)).sort_values(["_x", "total_parameters"], kind="stable")
         title = entry.get("title") or ("The family" if name == "main" else name.replace("_", " ").capitalize())
         slices.append(StudySlice(name, title, x, entry.get("note") or "", tuple(dict.fromkeys(ordered.arm))))
@@ -204,13 +204,6 @@ def _source_kinds(configs: Mapping[str, Any], records: Mapping[str, list[Record]
         if measurements.source_of(record):
             kinds.setdefault(measurements.source_of(record), measurements.source_of(record))
     return kinds
-
-
-def _in_sentences(configs: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(
-        name for config in configs.values() for name, source in lookup(config, "data.sources", {}).items()
-        if source.get("style") == "sentences"
-    )
 
 
 def _identity(

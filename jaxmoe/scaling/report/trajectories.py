@@ -40,7 +40,7 @@ def accuracy_figure(tables: StudyTables, part: StudySlice, name: str) -> ReportF
     caption = (
         "Accuracy against task loss on the same split, one panel a source. Faint lines: the course of training, one a "
         "member and seed; filled points: the last step. Members at equal loss and different height convert loss into "
-        "accuracy differently: the loss–accuracy gap, which the members table has in numbers."
+        "accuracy differently: the loss–accuracy gap, which the next figure and the members table show."
     )
     return _figure(tables, part, name, "Accuracy against task loss", caption, data, "task_loss", bars=False)
 

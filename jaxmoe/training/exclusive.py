@@ -1,0 +1,75 @@
+"""A run directory is trained in by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+from etils import epath
+
+from jaxmoe.config import ConfigError
+from jaxmoe.storage import is_remote
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def exclusive(directory: epath.PathLike) -> Iterator[None]:
+    """Holds a run directory for the `with` block, so that no second process writes to its logs and checkpoints.
+
+    The lock is the system's and ends with the process, however that ends; the file that it is on stays. Object stores
+    have no such lock, nor do some network file systems, which is logged.
+
+    Args:
+      directory: of the run; made if it is not there.
+
+    Raises:
+      ConfigError: another process holds it; the message says which.
+    """
+    if is_remote(directory):
+        yield
+        return
+    path = epath.Path(directory) / LOCK_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(_in_use(path.parent, file)) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): see that no other process trains there.", path.parent, error)
+        with contextlib.suppress(OSError):  # who holds it is a hint; a full disk shows itself elsewhere
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+def check_unused(directory: epath.PathLike) -> None:
+    """Checks that no process is training in a run directory; leaves nothing behind.
+
+    Raises:
+      ConfigError: one is; the message says which.
+    """
+    path = epath.Path(directory) / LOCK_FILE
+    if is_remote(directory) or not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(_in_use(path.parent, file)) from None
+        except OSError:
+            return  # `exclusive` says so when training starts
+
+
+def _in_use(directory: epath.Path, file) -> str:
+    file.seek(0)
+    holder = file.read().strip() or "another process"
+    return f"{directory}: {holder} is training in this folder now; wait until it is done, or take another folder."
