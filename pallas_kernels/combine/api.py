@@ -58,10 +58,9 @@ def _combine_forward(target, rows, plan, gate):
 
 def _combine_backward(target, residuals, y_gradient):
     rows, plan, gate = residuals
-    routed_rows = jnp.arange(plan.num_rows) < plan.group_offsets[-1]
     row_gate = take(gate.reshape(-1), plan.order).astype(jnp.float32)
     y_rows = gather_tokens(y_gradient, plan, target).astype(jnp.float32)
-    rows_gradient = jnp.where(routed_rows[:, None], row_gate[:, None] * y_rows, 0).astype(rows.dtype)
+    rows_gradient = jnp.where(plan.routed[:, None], row_gate[:, None] * y_rows, 0).astype(rows.dtype)
     row_products = jnp.sum(rows.astype(jnp.float32) * y_rows, axis=1)
     routed = plan.inverse < plan.group_offsets[-1]
     gate_gradient = jnp.where(routed, take(row_products, plan.inverse), 0).astype(gate.dtype)

@@ -60,10 +60,12 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 def gather_tokens(x: jax.Array, plan: Plan, target: Target) -> jax.Array:
     """(T, D) to (N, D): each row's token, zero for rows of no expert."""
     if target.backend in PLATFORMS:
-        return kernels("dispatch", target).gather_tokens(x, plan.token, plan.group_offsets[-1], target)
-    routed = jnp.arange(plan.num_rows) < plan.group_offsets[-1]
-    rows = take(x, plan.token)
-    return jnp.where(routed[:, None], rows, 0)
+        rows = kernels("dispatch", target).gather_tokens(x, plan.token, plan.group_offsets[-1], target)
+        if plan.block == 1:
+            return rows
+    else:
+        rows = take(x, plan.token)
+    return jnp.where(plan.routed[:, None], rows, 0)
 
 
 def sum_rows(rows: jax.Array, plan: Plan, gate: jax.Array | None, target: Target) -> jax.Array:

@@ -8,5 +8,4 @@ from pallas_kernels.plan import Plan
 
 def dispatch(x: jax.Array, plan: Plan) -> jax.Array:
     """Row n is the token of assignment `plan.order[n]`, zero for rows of no expert."""
-    routed = jnp.arange(plan.num_rows) < plan.group_offsets[-1]
-    return jnp.where(routed[:, None], x[plan.order // plan.experts_per_token], 0)
+    return jnp.where(plan.routed[:, None], x[plan.order // plan.experts_per_token], 0)

@@ -65,6 +65,7 @@ def moe_mlp(
             f"plan is for E={plan.num_experts} and (T, K) = {tuple(plan.inverse.shape)} but the weights have "
             f"E={num_experts} and expert_index has shape {tuple(expert_index.shape)}.",
         )
+        require(plan.block == 1, f"plan has block={plan.block}; moe_mlp takes groups that begin anywhere, block=1.")
     if x.shape[0] == 0:
         return jnp.zeros_like(x)
     with jax.named_scope("moe_mlp"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import BACKENDS, combine, dispatch, make_plan
+from pallas_kernels import BACKENDS, combine, dispatch, grouped_matmul, make_plan
 from pallas_kernels.combine import reference as combine_reference
 from pallas_kernels.dispatch import reference as dispatch_reference
 from pallas_kernels.execution import PLATFORMS
@@ -131,6 +131,27 @@ def test_kernels_equal_the_definitions_with_gradients(backend, dtype, tolerance)
         plan = plan_of(rng.integers(lowest, highest + 1, (TOKENS, CHOICES)).astype(np.int32), EXPERTS)
         expected = pulled(dispatch_reference.dispatch, combine_reference.combine, plan)
         assert_trees_close(pulled(*kernels, plan), expected, tolerance)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
+def test_an_aligned_plan_gives_the_same_layer(backend):
+    """Dispatch, product and combine with their gradients, groups at multiples of 8 rows or anywhere."""
+    x, _, gate = arrays()
+    weights = jax.random.normal(jax.random.key(5), (EXPERTS, WIDTH, WIDTH))
+    expert_index = np.random.default_rng(1).integers(0, EXPERTS, (TOKENS, CHOICES)).astype(np.int32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(block, expert_index):
+        plan = make_plan(expert_index, EXPERTS, block=block, mask=jnp.arange(TOKENS) != 3)
+
+        def layer(x, gate, weights):
+            rows = grouped_matmul(dispatch(x, plan, backend=backend), weights, plan.group_sizes, backend=backend)
+            return combine(rows, plan, gate, backend=backend)
+
+        y, pull = jax.vjp(layer, x, gate, weights)
+        return y, pull(x)
+
+    assert_trees_close(value_and_gradients(8, expert_index), value_and_gradients(1, expert_index), 1e-5)
 
 
 def test_no_tokens():

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import Plan, make_plan
+from pallas_kernels import Plan, compiling_for, make_plan
 from pallas_kernels import plan as plan_module
 
 TOKENS, CHOICES, EXPERTS = 12, 3, 5
 indices = hnp.arrays(np.int32, (TOKENS, CHOICES), elements=st.integers(-2, EXPERTS + 1))
 masks = hnp.arrays(bool, (TOKENS,))
 
-jitted = jax.jit(make_plan, static_argnums=1, static_argnames="capacity")
+jitted = jax.jit(make_plan, static_argnums=1, static_argnames=("capacity", "block"))
 
 
 def grouped_by_hand(expert: np.ndarray, num_experts: int, capacity: int | None = None):
@@ -64,6 +64,36 @@ def test_capacity_drops_later_tokens_and_counts_them(capacity, expert_index):
     assert_is_plan_of(plan, expert_index, EXPERTS, capacity)
 
 
+@pytest.mark.parametrize("block", [2, 8])
+@given(expert_index=indices)
+def test_groups_begin_at_multiples_of_the_block(block, expert_index):
+    plan, plain = jitted(expert_index, EXPERTS, block=block), jitted(expert_index, EXPERTS)
+    sizes = -(-np.asarray(plain.group_sizes) // block) * block
+    np.testing.assert_array_equal(plan.group_sizes, sizes)
+    np.testing.assert_array_equal(plan.group_offsets, np.cumsum([0, *sizes]))
+    np.testing.assert_array_equal(plan.expert, plain.expert)
+    rows = np.asarray(plan.inverse).reshape(-1)
+    assert len(set(rows)) == rows.size
+    assert rows.max() < plan.num_rows
+    assert plan.num_rows % block == 0
+    assert plan.num_rows < rows.size + EXPERTS * (block - 1) + block
+    np.testing.assert_array_equal(np.asarray(plan.order)[rows], np.arange(rows.size))
+    routed = np.asarray(plan.routed)
+    assert routed.sum() == np.asarray(plain.group_sizes).sum()
+    for expert in range(EXPERTS):  # the same assignments in the same order as without a block
+        group = np.arange(plan.num_rows)[plan.group_offsets[expert] : plan.group_offsets[expert + 1]]
+        expected = plain.order[plain.group_offsets[expert] : plain.group_offsets[expert + 1]]
+        np.testing.assert_array_equal(np.asarray(plan.order)[group[routed[group]]], expected)
+
+
+@settings(max_examples=20)
+@given(indices)
+def test_the_plan_for_a_chip_is_counted_and_the_same(expert_index):
+    with compiling_for("v5p"):
+        counted = make_plan(np.clip(expert_index, 0, EXPERTS - 1), EXPERTS)
+    assert_is_plan_of(counted, np.clip(expert_index, 0, EXPERTS - 1), EXPERTS)
+
+
 @settings(max_examples=20)
 @given(indices)
 def test_plan_beyond_the_range_of_packed_keys_is_the_same(expert_index):
@@ -100,6 +130,7 @@ def test_index_out_of_range_outside_jit_is_an_error_with_its_place():
         (dict(expert_index=np.zeros((3, 0), int), num_experts=2), "at least one expert per token"),
         (dict(expert_index=np.zeros((3, 1), int), num_experts=0), "num_experts=0; it must be positive"),
         (dict(expert_index=np.zeros((3, 1), int), num_experts=2, capacity=-1), "capacity=-1"),
+        (dict(expert_index=np.zeros((3, 1), int), num_experts=2, block=0), "block=0; it must be positive"),
         (dict(expert_index=np.zeros((3, 1), int), num_experts=2, mask=np.ones(2, bool)), r"\(3,\) bool is expected"),
         (dict(expert_index=np.zeros((3, 1), int), num_experts=2, mask=np.ones(3)), r"\(3,\) bool is expected"),
     ],

@@ -314,6 +314,7 @@ def test_cpu_program_does_not_need_memory_for_every_expert_and_row():
         (dict(backend="mosaic"), "backend='mosaic'; choose 'auto' or one of"),
         (dict(plan=make_plan(np.zeros((32, 2), int), 4)), r"plan is for E=4 .* the weights have E=5"),
         (dict(plan=make_plan(np.zeros((32, 2), int), 5), capacity=3), "mask and capacity go to make_plan"),
+        (dict(plan=make_plan(np.zeros((32, 2), int), 5, block=8)), "plan has block=8; moe_mlp takes"),
     ],
 )
 def test_misfits_are_refused(change, message):
