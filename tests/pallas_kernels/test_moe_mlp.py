@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pallas_kernels import BACKENDS, combine, dispatch, grouped_matmul, make_plan, moe_mlp, windows
+from pallas_kernels.moe_mlp import xla_cpu
 
 FAST_BACKENDS = [backend for backend in BACKENDS if backend != "reference"]
 
@@ -303,6 +304,39 @@ def test_cpu_program_is_no_dense_expansion():
     padded = tiling.window * LARGE.experts + 4 / 3 * tiling.batch * tiling.block
     assert flops_of(rows) <= program("cpu").cost_analysis()["flops"] <= 1.15 * flops_of(rows) + flops_of(padded - rows)
     assert program("reference").cost_analysis()["flops"] >= 0.99 * LARGE.experts * flops_of(rows)
+
+
+@pytest.mark.parametrize("keep", ["hidden", "inputs"])
+def test_cpu_in_parts_equals_all_at_once(keep, monkeypatch):
+    """Windows taken part by part, with the hidden layer kept or computed again."""
+    monkeypatch.setattr(xla_cpu, "_MANY_NUMBERS", 0)
+    sizes = Sizes(tokens=64, choices=2, experts=6, width=4, hidden=2)
+    expert_index = np.random.default_rng(7).integers(0, 6, (64, 2)).astype(np.int32)
+    x, gate, w_gate_up, w_down, cotangent = arrays(sizes)
+
+    @jax.jit
+    def in_parts(x, gate, w_gate_up, w_down):
+        mlp = functools.partial(moe_mlp, recompute=keep == "inputs", backend="cpu")
+        return pulled(mlp, x, expert_index, gate, w_gate_up, w_down, cotangent)
+
+    lowered = in_parts.lower(x, gate, w_gate_up, w_down).as_text()
+    assert lowered.count("stablehlo.while") > 4  # windows forward and backward, beside the plan's and the overflow's
+    assert_close(in_parts(x, gate, w_gate_up, w_down), formula(expert_index, arrays(sizes)))
+
+
+@pytest.mark.parametrize(("recompute", "share"), [(False, 1.25), (True, 0.75)])
+def test_cpu_memory_of_many_rows(recompute, share):
+    """Against what the layer is defined by: saved inputs and routed activations (docs/kernels.md)."""
+    tokens, choices, experts, width, hidden = 8192, 2, 8, 256, 512
+    shapes = jax.eval_shape(lambda: arrays(Sizes(tokens, choices, experts, width, hidden)))
+
+    def layer(expert_index, x, gate, w_gate_up, w_down, cotangent):
+        mlp = functools.partial(moe_mlp, recompute=recompute, backend="cpu")
+        return pulled(mlp, x, expert_index, gate, w_gate_up, w_down, cotangent)
+
+    compiled = jax.jit(layer).lower(jax.ShapeDtypeStruct((tokens, choices), jnp.int32), *shapes).compile()
+    numbers = tokens * width + tokens * choices * (2 * width + 3 * hidden)
+    assert compiled.memory_analysis().temp_size_in_bytes <= share * 4 * numbers
 
 
 def test_cpu_program_does_not_need_memory_for_every_expert_and_row():
