@@ -98,25 +98,25 @@ UNROLLED_REPEATS = 4
 parameters out of the stack and its gradients back, a third of the time that many small experts take."""
 
 
-def repetitions(config: ModelConfig) -> tuple[Repetition, ...]:
-    """The layers as a dense prefix, a repeated period of moe_every layers, and a dense rest.
-
-    Where there are more than `UNROLLED_REPEATS` of a kind they are one entry, so the number of distinct blocks to
-    compile does not grow with num_layers.
-    """
+def _runs(config: ModelConfig) -> list[Repetition]:
+    """The layers as a dense prefix, a repeated period of moe_every layers, and a dense rest."""
     if config.num_moe_layers == 0:
-        runs = [Repetition(("dense",), config.num_layers)]
-    else:
-        periods, rest = divmod(config.num_layers - config.first_dense_layers, config.moe_every)
-        period: tuple[Kind, ...] = ("dense",) * (config.moe_every - 1) + ("moe",)
-        runs = [
-            Repetition(("dense",), config.first_dense_layers),
-            Repetition(period, periods),
-            Repetition(("dense",), rest),
-        ]
+        return [Repetition(("dense",), config.num_layers)]
+    periods, rest = divmod(config.num_layers - config.first_dense_layers, config.moe_every)
+    period: tuple[Kind, ...] = ("dense",) * (config.moe_every - 1) + ("moe",)
+    runs = Repetition(("dense",), config.first_dense_layers), Repetition(period, periods), Repetition(("dense",), rest)
+    return [run for run in runs if run.repeats > 0]
+
+
+def repetitions(config: ModelConfig) -> tuple[Repetition, ...]:
+    """What each of the decoder's stacks repeats, in the order of the layers.
+
+    Up to `UNROLLED_REPEATS` equal ones are as many stacks of one; more are a single stack, so the number of distinct
+    blocks to compile does not grow with num_layers.
+    """
     return tuple(
         entry
-        for run in runs
+        for run in _runs(config)
         for entry in ([run] if run.repeats > UNROLLED_REPEATS else [Repetition(run.kinds, 1)] * run.repeats)
     )
 
@@ -124,16 +124,10 @@ def repetitions(config: ModelConfig) -> tuple[Repetition, ...]:
 class BlockStack(nnx.Module):
     """The blocks of one `Repetition`; their parameters carry a leading axis of `repeats`."""
 
-    def __init__(self, config: ModelConfig, repetition: Repetition, *, rngs: nnx.Rngs):
-        self.repeats = repetition.repeats
-        self.remat = config.remat
-
-        @nnx.split_rngs(splits=repetition.repeats)
-        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
-        def create(rngs: nnx.Rngs) -> nnx.List:
-            return nnx.List([Block(config, kind, rngs=rngs) for kind in repetition.kinds])
-
-        self.blocks = create(rngs)
+    def __init__(self, blocks: nnx.List, repeats: int, remat: str):
+        self.blocks = blocks
+        self.repeats = repeats
+        self.remat = remat
 
     def __call__(
         self, x: Float[Array, "B S D"], context: TokenContext, caches: list[KeyValueCache] | None = None
@@ -167,3 +161,29 @@ class BlockStack(nnx.Module):
         layers = jnp.arange(self.repeats)
         (x, updated), statistics = jax.lax.scan(step, start, (state, layers), unroll=self.repeats == 1)
         return x, statistics, None if caches is None else updated
+
+
+def build_stacks(config: ModelConfig, *, rngs: nnx.Rngs) -> list[BlockStack]:
+    """The decoder's stacks, as `repetitions` has them. What a layer is drawn from does not depend on the stacking."""
+    stacks = []
+    for run in _runs(config):
+        blocks = _stacked_blocks(config, run, rngs)
+        if run.repeats > UNROLLED_REPEATS:
+            stacks.append(BlockStack(blocks, run.repeats, config.remat))
+            continue
+        definition, state = nnx.split(blocks)
+        for layer in range(run.repeats):
+            own = jax.tree.map(lambda parameter, layer=layer: parameter[layer : layer + 1], state)
+            stacks.append(BlockStack(nnx.merge(definition, own), 1, config.remat))
+    return stacks
+
+
+def _stacked_blocks(config: ModelConfig, run: Repetition, rngs: nnx.Rngs) -> nnx.List:
+    """One block for each kind of the run, its parameters with a leading axis of `repeats`."""
+
+    @nnx.split_rngs(splits=run.repeats)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+    def create(rngs: nnx.Rngs) -> nnx.List:
+        return nnx.List([Block(config, kind, rngs=rngs) for kind in run.kinds])
+
+    return create(rngs)

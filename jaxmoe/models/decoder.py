@@ -19,7 +19,7 @@ from jaxmoe.layers.norm import RMSNorm
 from jaxmoe.layers.parameters import normal_parameter
 from jaxmoe.layers.rope import rope_angles
 from jaxmoe.layers.statistics import RouterStatistics
-from jaxmoe.models.block import BlockStack, TokenContext, repetitions
+from jaxmoe.models.block import TokenContext, build_stacks, repetitions
 
 Cache = list[list[KeyValueCache]]
 
@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
         self.embedding = Embedding(
             config.vocab_size, config.width, init_std=config.init_std, compute_dtype=config.compute_dtype, rngs=rngs
         )
-        self.stacks = nnx.List([BlockStack(config, repetition, rngs=rngs) for repetition in repetitions(config)])
+        self.stacks = nnx.List(build_stacks(config, rngs=rngs))
         self.final_norm = RMSNorm(config.width, epsilon=config.norm_eps)
         if not config.tie_embeddings:
             self.output = normal_parameter(rngs, (config.width, config.vocab_size), config.init_std)
