@@ -178,7 +178,10 @@ def line_of(result: Result) -> str:
 
 
 def markdown(every: list[Result]) -> str:
-    """A table with a row for each kernel, shape and dtype, and a column for each chip."""
+    """A table with a row for each kernel, shape and dtype, and a column for each chip.
+
+    A cell holds executed / active FLOPs, bytes moved / least bytes, MiB of fast memory, and for a GPU the registers.
+    """
     chips = list(dict.fromkeys(result.chip for result in every))
     rows: dict[tuple, dict[str, Result]] = {}
     for result in every:
@@ -189,7 +192,8 @@ def markdown(every: list[Result]) -> str:
             return "refused" if result else ""
         flops = f"{result.executed_flops / result.active_flops:.2f}" if result.active_flops else "–"
         bytes_moved = f"{result.bytes_accessed / result.least_bytes:.2f}"
-        return f"{flops} · {bytes_moved} · {result.fast_memory_bytes / 2**20:.2g}"
+        registers = "" if result.registers is None else f" · {result.registers}"
+        return f"{flops} · {bytes_moved} · {result.fast_memory_bytes / 2**20:.2g}{registers}"
 
     lines = [f"| kernel | T, K, E, D, F | dtype | {' | '.join(chips)} |", "| --- " * (3 + len(chips)) + "|"]
     for (kernel, shape, dtype), of_chip in rows.items():
