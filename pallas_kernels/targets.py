@@ -73,6 +73,7 @@ def use_gpu_compiler() -> None:
             f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} nvidia-cuda-nvcc-cu12 brings it."
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the libraries that only a run needs are not there
+    os.environ.setdefault("MOSAIC_GPU_RUNTIME_LIB_PATH", str(COMPILERS / "jax_cuda12_plugin/libmosaic_gpu_runtime.so"))
     importlib.import_module("jax_plugins.xla_cuda12").initialize()
 
 

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 from pallas_kernels.execution import Target
 from pallas_kernels.group_tiles import most_tiles, tiles_of_groups
+from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.tiles import Misfit, Tiling
 from pallas_kernels.visits import tiles_of
 
@@ -118,7 +119,12 @@ def _product_kernel(group, start, stop, rows, weights, out, *, tile, transpose, 
 def product(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transpose_weights: bool, target: Target
 ) -> jax.Array:
-    """(N, D) x (E, D, F) to (N, F); with `transpose_weights` the weights are (E, F, D), transposed block by block."""
+    """(N, D) x (E, D, F) to (N, F); with `transpose_weights` the weights are (E, F, D), transposed block by block.
+
+    Where `mosaic_gpu.serves`, its kernel runs instead.
+    """
+    if mosaic_gpu.serves(rows, weights, transpose_weights, target):
+        return mosaic_gpu.product(rows, weights, group_sizes)
     num_rows, width = rows.shape
     groups, out_width = weights.shape[0], weights.shape[1 if transpose_weights else 2]
     itemsize = rows.dtype.itemsize

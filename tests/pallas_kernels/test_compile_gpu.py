@@ -12,6 +12,8 @@ from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels import compiling_for, moe_mlp, targets
 from pallas_kernels.gpu_resources import resources
+from pallas_kernels.group_tiles import most_tiles
+from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.triton_gpu import row_tile
 
 SHAPES = {
@@ -56,11 +58,15 @@ def traced_layer(shape, dtype=jnp.bfloat16, recompute=False):
 def test_the_layer_compiles_and_every_kernel_fits_its_registers(shape, dtype):
     _, kernels = resources(traced_layer(shape, dtype).lower())
     names = {kernel.kernel for kernel in kernels}
-    assert names == {"moe_up_gpu", "grouped_matmul_gpu", "hidden_gradient_gpu", "weight_gradient_gpu", "combine_gpu"}
+    mosaic = {"grouped_matmul_mosaic_gpu"} if dtype == jnp.bfloat16 and shape != "odd" else set()
+    assert names - mosaic == {
+        "moe_up_gpu", "grouped_matmul_gpu", "hidden_gradient_gpu", "weight_gradient_gpu", "combine_gpu"
+    }  # fmt: skip
+    assert mosaic <= names
     for kernel in kernels:
         assert kernel.spill_stores == kernel.spill_loads == 0, kernel
         assert 0 < kernel.registers <= 255, kernel
-        assert kernel.shared_bytes <= SHARED_MEMORY, kernel
+        assert (kernel.shared_bytes or 0) <= SHARED_MEMORY, kernel
         assert not kernel.serialized, kernel
 
 
@@ -68,8 +74,9 @@ def planned_flops(jaxpr):
     """What the kernels of a program say that they execute: XLA knows nothing of it, and counts none."""
     total = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            total += equation.params["cost_estimate"].flops
+        estimate = equation.params.get("cost_estimate")
+        if estimate is not None:
+            total += estimate.flops
         else:
             total += sum(map(planned_flops, jaxprs_in_params(equation.params)))
     return total
@@ -89,8 +96,10 @@ def test_the_compiled_layer_wastes_nothing(shape):
         for axes in (f"{experts},{a},{b}", f"{experts},{b},{a}"):
             assert not re.search(rf"bf16\[{axes}\]\S* (copy|transpose)\(", program)
     products = 3 * 3 * 2 * width * hidden  # of one row: up twice as wide as down, forward, and two backward
+    served = mosaic_gpu.product_tile(tokens * k, experts)  # the down product; its kernel can carry no estimate
+    down = 2 * most_tiles(tokens * k, experts, served.rows) * served.rows * hidden * width
     active, padding = tokens * k * products, (experts + 1) * row_tile(tokens * k, experts) * products
-    assert active <= planned_flops(traced.jaxpr.jaxpr) <= 1.15 * active + padding
+    assert active <= planned_flops(traced.jaxpr.jaxpr) + down <= 1.15 * active + padding
 
 
 @pytest.mark.slow
