@@ -95,7 +95,7 @@ def planned(jaxpr: Jaxpr) -> tuple[float, float]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             parts = [(equation.params["cost_estimate"].flops, equation.params["cost_estimate"].bytes_accessed)]
-        elif equation.primitive.name == "core_map":
+        elif equation.primitive.name in ("core_map", "mpmd_map"):
             parts = [(math.nan, math.nan)]
         else:
             parts = list(map(planned, jaxprs_in_params(equation.params)))
