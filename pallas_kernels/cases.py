@@ -14,6 +14,7 @@ import numpy as np
 
 from pallas_kernels.backend import kernels
 from pallas_kernels.execution import Target
+from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.moe_mlp.api import moe_mlp
 from pallas_kernels.tiles import Tiling
 
@@ -123,7 +124,7 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
             lambda x, token, weights, sizes: moe.up(x, token, weights, sizes, target, save_hidden=save_hidden),
             x | token | {"weights": w_gate_up} | group_sizes,
             flops(width, 2 * hidden),
-            getattr(moe, "UP", None),
+            moe.UP,
             dict(rows_per_group=rows_per_group, width=width, hidden=hidden, save_hidden=int(save_hidden)),
         )
 
@@ -131,12 +132,13 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
         contracted, out = weights.shape[1:][::-1] if transpose else weights.shape[1:]
         lanes = {"in_lanes": True} if in_lanes else {}
         sizes = dict(rows_per_group=rows_per_group, contracted=contracted, out=out)
+        by_mosaic = not on_tpu and mosaic_gpu.serves(row_array(contracted), weights, transpose, target)
         return Case(
             kernel,
             lambda rows, weights, sizes: grouped_matmul.product(rows, weights, sizes, transpose, target, **lanes),
             {"rows": row_array(contracted), "weights": weights} | group_sizes,
             flops(contracted, out),
-            getattr(grouped_matmul, "PRODUCT", None),
+            None if by_mosaic else grouped_matmul.PRODUCT,  # its tile comes from no table
             sizes | ({"in_lanes": int(in_lanes)} if on_tpu else {}),
         )
 
@@ -146,7 +148,7 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
             lambda rows, gradient, sizes: grouped_matmul.weight_gradient(rows, gradient, sizes, target),
             {"rows": row_array(contracted), "gradient": row_array(out)} | group_sizes,
             flops(contracted, out),
-            getattr(grouped_matmul, "WEIGHT_GRADIENT", None),
+            grouped_matmul.WEIGHT_GRADIENT,
             dict(rows_per_group=rows_per_group, contracted=contracted, out=out),
         )
 
@@ -160,7 +162,7 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
             lambda rows, inverse, num_routed, gate=None: combine.sum_rows(rows, inverse, num_routed, gate, target),
             {"rows": laid_out, "inverse": jax.ShapeDtypeStruct((tokens, k), jnp.int32)} | num_routed | gate,
             0,
-            getattr(combine, "COMBINE", None),
+            combine.COMBINE,
             dict(experts_per_token=k, width=width),
         )
 
@@ -170,7 +172,7 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
             lambda x, token, num_routed: dispatch.gather_tokens(x, token, num_routed, target),
             x | token | num_routed,
             0,
-            getattr(dispatch, "DISPATCH", None),
+            dispatch.DISPATCH,
             dict(width=width),
         ),
         up(True),
@@ -204,7 +206,7 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
             hidden_gradient,
             arguments,
             flops(width, hidden),
-            getattr(moe, "HIDDEN_GRADIENT", None),
+            moe.HIDDEN_GRADIENT,
             dict(rows_per_group=rows_per_group, width=width, hidden=hidden),
         )
     )

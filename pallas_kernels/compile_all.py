@@ -5,12 +5,14 @@
     python -m pallas_kernels.compile_all --chip=v5p --json
 
 One line for each kernel and chip: what the compiler says of its FLOPs, bytes and memory. None of it is measured. The
-exit status is 1 if something does not compile, 2 if a compiler is missing.
+exit status is 1 if something does not compile, 2 if a compiler is missing. A layer whose arguments and results alone
+are more than one device's memory is named, and no failure.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 import time
@@ -34,12 +36,15 @@ class Result:
     Attributes:
       chip, kernel, shape, dtype: what was compiled; shape is T, K, E, D, F.
       error: the first line of the compiler's refusal, or None.
+      too_large: the same, where arguments and results alone are more than one device's memory: no fault of a kernel.
       seconds: that compiling took.
-      executed_flops: the kernels' own estimates, which count the most tiles that a routing can touch.
+      executed_flops: the kernels' own estimates, which count the most tiles that a routing can touch; 0 where a kernel
+        gives none.
       active_flops: of the products with rows that there are.
       bytes_accessed: moved to and from HBM, by the same estimates; copies that XLA makes around a kernel are not in it.
       least_bytes: every argument read and every result written once, without what a layer holds in between.
-      fast_memory_bytes: the most VMEM (GPU: shared memory of a program) that a kernel of the call is given.
+      fast_memory_bytes: the most VMEM (GPU: shared memory of a program, where XLA knows it: not of Mosaic GPU's
+        kernels) that a kernel of the call is given.
       temporary_bytes: device memory beside arguments and results.
       registers: the most per thread of a kernel; GPU only.
       spilled_bytes: per thread, of registers written to memory and read back; GPU only.
@@ -50,6 +55,7 @@ class Result:
     shape: tuple[int, ...]
     dtype: str
     error: str | None = None
+    too_large: str | None = None
     seconds: float = 0.0
     executed_flops: int = 0
     active_flops: int = 0
@@ -80,12 +86,17 @@ def lowered(case: cases.Case, chip: str) -> jax.stages.Lowered:
         return call.lower()
 
 
-def planned(jaxpr: Jaxpr) -> tuple[int, int]:
-    """FLOPs and bytes that the kernels of a program say they take, those in a loop as often as it turns."""
+def planned(jaxpr: Jaxpr) -> tuple[float, float]:
+    """FLOPs and bytes that the kernels of a program say they take, those in a loop as often as it turns.
+
+    NaN if a kernel says nothing: those of Mosaic GPU cannot (jax 0.10.2).
+    """
     flops = bytes_accessed = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             parts = [(equation.params["cost_estimate"].flops, equation.params["cost_estimate"].bytes_accessed)]
+        elif equation.primitive.name in ("core_map", "mpmd_map"):
+            parts = [(math.nan, math.nan)]
         else:
             parts = list(map(planned, jaxprs_in_params(equation.params)))
         for part in parts:
@@ -111,7 +122,7 @@ def _figures(before: jax.stages.Lowered, chip: str) -> dict[str, int]:
     if CHIPS[chip] == "gpu":
         program, kernels = resources(before)
         fast = {
-            "fast_memory_bytes": max((kernel.shared_bytes for kernel in kernels), default=0),
+            "fast_memory_bytes": max((kernel.shared_bytes or 0 for kernel in kernels), default=0),
             "registers": max((kernel.registers for kernel in kernels), default=0),
             "spilled_bytes": sum(kernel.spill_stores + kernel.spill_loads for kernel in kernels),
         }
@@ -124,16 +135,22 @@ def _figures(before: jax.stages.Lowered, chip: str) -> dict[str, int]:
 def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Result:
     """Compiles a call; a refusal is a result too."""
     start = time.perf_counter()
+    least_bytes = 0
     try:
         call = traced(case, chip)
+        least_bytes = case.least_bytes(call.out_info)
         with compiling_for(chip), jax.sharding.use_abstract_mesh(targets.mesh_of(chip).abstract_mesh):
             figures = _figures(call.lower(), chip)
     except targets.CompilerMissing:
         raise
     except Exception as error:  # a compiler refuses with any exception, Pallas before it too
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        return Result(chip, case.kernel, tuple(shape), dtype, error=f"{type(error).__name__}: {first}")
-    flops, bytes_accessed = planned(call.jaxpr.jaxpr)
+        refusal = f"{type(error).__name__}: {first}"
+        available = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error))
+        if available and least_bytes > float(available[1]) * 2**30:
+            return Result(chip, case.kernel, tuple(shape), dtype, too_large=refusal)
+        return Result(chip, case.kernel, tuple(shape), dtype, error=refusal)
+    flops, bytes_accessed = (0 if math.isnan(number) else int(number) for number in planned(call.jaxpr.jaxpr))
     return Result(
         chip,
         case.kernel,
@@ -143,7 +160,7 @@ def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Re
         executed_flops=flops,
         active_flops=case.active_flops,
         bytes_accessed=bytes_accessed,
-        least_bytes=case.least_bytes(call.out_info),
+        least_bytes=least_bytes,
         **figures,
     )
 
@@ -169,9 +186,14 @@ def line_of(result: Result) -> str:
     head = f"{result.chip:6} {result.dtype:8} {'x'.join(map(str, result.shape)):24} {result.kernel:26}"
     if result.error:
         return f"{head} REFUSED {result.error}"
+    if result.too_large:
+        return f"{head} too large for one device: {result.too_large}"
     flops = f"{result.executed_flops / result.active_flops:5.2f} x active FLOPs" if result.active_flops else " " * 20
+    counts = f"{flops} {result.bytes_accessed / result.least_bytes:6.2f} x least bytes"
+    if not result.bytes_accessed:
+        counts = f"{'FLOPs and bytes are not counted':39}"
     line = (
-        f"{head} {result.seconds:6.1f} s {flops} {result.bytes_accessed / result.least_bytes:6.2f} x least bytes "
+        f"{head} {result.seconds:6.1f} s {counts} "
         f"{result.fast_memory_bytes / 2**10:8.0f} KiB fast memory {result.temporary_bytes / 2**20:8.1f} MiB temporary"
     )
     return line if result.registers is None else f"{line} {result.registers} registers {result.spilled_bytes} spilled"
@@ -188,10 +210,13 @@ def markdown(every: list[Result]) -> str:
         rows.setdefault((result.kernel, result.shape, result.dtype), {})[result.chip] = result
 
     def cell(result: Result | None) -> str:
-        if result is None or result.error:
-            return "refused" if result else ""
-        flops = f"{result.executed_flops / result.active_flops:.2f}" if result.active_flops else "–"
-        bytes_moved = f"{result.bytes_accessed / result.least_bytes:.2f}"
+        if result is None:
+            return ""
+        if result.error or result.too_large:
+            return "refused" if result.error else "too large"
+        counted = result.executed_flops and result.active_flops
+        flops = f"{result.executed_flops / result.active_flops:.2f}" if counted else "–"
+        bytes_moved = f"{result.bytes_accessed / result.least_bytes:.2f}" if result.bytes_accessed else "–"
         registers = "" if result.registers is None else f" · {result.registers}"
         return f"{flops} · {bytes_moved} · {result.fast_memory_bytes / 2**20:.2g}{registers}"
 
@@ -237,7 +262,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(markdown(every))
     for message in missing:
         print(message, file=sys.stderr)
-    compiled = f"{len(every) - len(refused)} of {len(every)} compiled"
+    too_large = [result for result in every if result.too_large]
+    compiled = f"{len(every) - len(refused) - len(too_large)} of {len(every)} compiled"
+    if too_large:
+        compiled += f", {len(too_large)} are too large for one device"
     print(f"{compiled}; these are the compilers' figures, nothing was run", file=sys.stderr)
     for result in refused:
         print(line_of(result), file=sys.stderr)

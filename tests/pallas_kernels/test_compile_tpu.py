@@ -147,6 +147,30 @@ def test_the_command_says_what_was_refused(monkeypatch, capsys):
     assert "REFUSED NotImplementedError: no such layout" in error
 
 
+@pytest.mark.parametrize(("gigabytes", "large"), [("0.001", True), ("15.75", False)])
+def test_what_no_device_holds_is_no_refusal(gigabytes, large, monkeypatch, capsys):
+    """Arguments and results of 2 MB, and a compiler that runs out of memory."""
+
+    class Traced:
+        out_info = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+
+        def lower(self):
+            raise RuntimeError(f"RESOURCE_EXHAUSTED: Ran out; (9G) exceeds available HBM ({gigabytes}G).")
+
+    class SomeMesh:
+        abstract_mesh = jax.sharding.AbstractMesh((1,), ("device",))
+
+    case = cases.Case("layer", lambda x: x, {"x": Traced.out_info}, 0)
+    monkeypatch.setattr(cases, "kernel_cases", lambda *_: [case])
+    monkeypatch.setattr(cases, "layer_cases", lambda *_: [])
+    monkeypatch.setattr(targets, "mesh_of", lambda chip: SomeMesh)
+    monkeypatch.setattr(compile_all, "traced", lambda *_: Traced())
+    assert compile_all.main(["--chip=v5e", "--dtype=float32", "--sample"]) == (0 if large else 1)
+    output, error = capsys.readouterr()
+    assert ("too large for one device: RuntimeError: RESOURCE_EXHAUSTED" in output) == large
+    assert ("REFUSED" in error) != large
+
+
 def test_the_command_says_what_to_install_where_a_compiler_is_missing(monkeypatch, capsys):
     def missing(chip):
         raise targets.CompilerMissing(f"no compiler for {chip}; pip install 'jaxmoe[compile]' brings it.")

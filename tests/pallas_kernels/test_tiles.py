@@ -115,6 +115,9 @@ def test_the_rules_tile_and_some_of_its_neighbours_fit(backend):
     """So that a table may name them."""
     shape = cases.Shape(512, 2, 4, 256, 512)
     for case in cases.kernel_cases(shape, jnp.bfloat16, Target(backend, chip="h100" if backend == "gpu" else "v5e")):
+        if case.tiling is None:
+            assert backend == "gpu"
+            continue
         candidates = case.tiling.candidates(jnp.bfloat16, None, **case.sizes)
         assert len(candidates) > 1
         for candidate in candidates:
