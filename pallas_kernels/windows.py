@@ -48,12 +48,13 @@ def tiling_for(num_rows: int, num_experts: int, weights_per_expert: int) -> Tili
     that one costs about twice a window's row, so the best window lies near the median load. Where a block's copy
     of its expert's weights does not stay in the cache, overflow is dearer, and the window is larger by the
     standard deviation that the load has under random routing. Blocks are small, so that a group's last one is not
-    mostly empty, and a turn of the loop takes up to 256 rows of them.
+    mostly empty, larger where each copies much, and a turn of the loop takes up to 256 rows of them.
     """
     mean = num_rows / num_experts
-    spare = math.sqrt(mean) if weights_per_expert > _CACHED_WEIGHTS else 0
-    window = min(math.ceil(mean + spare), num_rows) if mean >= 1 else 0
-    block = next(size for limit, size in ((128, 64), (24, 32), (8, 16), (0, 8)) if mean > limit)
+    large = weights_per_expert > _CACHED_WEIGHTS
+    window = min(math.ceil(mean + (math.sqrt(mean) if large else 0)), num_rows) if mean >= 1 else 0
+    limits = ((64, 64), (48, 32), (9, 16), (0, 8)) if large else ((129, 64), (25, 32), (9, 16), (0, 8))
+    block = next(size for least, size in limits if mean >= least)
     batch = 4 if block == 64 else 8
     blocks = (num_rows - window) // block + num_experts
     return Tiling(window, block, batch, -(-blocks // batch) * batch)

@@ -93,7 +93,7 @@ class Sizes:
       skewed_experts: E under the other routings, at the first K.
       einsum_experts: E of the capacity layer.
       ragged_dot_experts: E of the `ragged_dot` backend, at the first N and K. Its time grows with E.
-      linear_tokens: T of the linearity rows, at `linear_experts` and the first K.
+      linear_tokens: T of the linearity rows, at each E of `linear_experts` and the first K.
       train_step_experts: E of the whole training steps.
       stream_bytes: of each of the three arrays of the bandwidth measurement.
     """
@@ -107,7 +107,7 @@ class Sizes:
     einsum_experts: tuple[int, ...] = (32,)
     ragged_dot_experts: tuple[int, ...] = (8, 32, 128)
     linear_tokens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-    linear_experts: int = 32
+    linear_experts: tuple[int, ...] = (8, 32)
     train_step_experts: tuple[int, ...] = (8, 32, 128)
     stream_bytes: int = 2**28
 
@@ -260,27 +260,29 @@ def _row(
 
 
 def linear_in_tokens(sizes: Sizes, *, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds per token by T, relative to the middle T."""
-    backend, k = resolved_backend(), sizes.choices[0]
-    shapes = [Shape(t, sizes.width, sizes.hidden, sizes.linear_experts, k) for t in sizes.linear_tokens]
-    _say(f"T={', '.join(map(str, sizes.linear_tokens))}: {backend} E={sizes.linear_experts} K={k}")
-    weights = _weights(shapes[0], jnp.float32)
-    calls = {shape.tokens: _moe_call(shape, "balanced", backend, weights)[0] for shape in shapes}
-    timings = interleaved(calls, rounds=rounds)
-    per_token = {tokens: timing.wall / tokens for tokens, timing in timings.items()}
-    middle = per_token[sizes.linear_tokens[len(sizes.linear_tokens) // 2]]
-    return [
-        {
-            "E": sizes.linear_experts,
-            "K": k,
-            "T": tokens,
-            "contender": backend,
-            "milliseconds": round(1000 * timings[tokens].wall, 3),
-            "milliseconds_per_token": round(1000 * per_token[tokens], 6),
-            "ratio_to_middle": round(per_token[tokens] / middle, 3),
-        }
-        for tokens in sizes.linear_tokens
-    ]
+    """Milliseconds per token by T, relative to the middle T of the same E."""
+    backend, k, rows = resolved_backend(), sizes.choices[0], []
+    for experts in sizes.linear_experts:
+        shapes = [Shape(t, sizes.width, sizes.hidden, experts, k) for t in sizes.linear_tokens]
+        _say(f"T={', '.join(map(str, sizes.linear_tokens))}: {backend} E={experts} K={k}")
+        weights = _weights(shapes[0], jnp.float32)
+        calls = {shape.tokens: _moe_call(shape, "balanced", backend, weights)[0] for shape in shapes}
+        timings = interleaved(calls, rounds=rounds)
+        per_token = {tokens: timing.wall / tokens for tokens, timing in timings.items()}
+        middle = per_token[sizes.linear_tokens[len(sizes.linear_tokens) // 2]]
+        rows += [
+            {
+                "E": experts,
+                "K": k,
+                "T": tokens,
+                "contender": backend,
+                "milliseconds": round(1000 * timings[tokens].wall, 3),
+                "milliseconds_per_token": round(1000 * per_token[tokens], 6),
+                "ratio_to_middle": round(per_token[tokens] / middle, 3),
+            }
+            for tokens in sizes.linear_tokens
+        ]
+    return rows
 
 
 def training_steps(experts: tuple[int, ...], *, rounds: int) -> list[dict[str, Any]] | str:
@@ -296,6 +298,7 @@ def training_steps(experts: tuple[int, ...], *, rounds: int) -> list[dict[str, A
                 "transformers": train_step._their_mixtral(num_experts),
             },
             rounds=rounds,
+            warmup=3,  # until what is freed between the steps serves the next ones
         )
         rows += [
             {

@@ -25,7 +25,7 @@ TINY = moe.Sizes(
     einsum_experts=(4,),
     ragged_dot_experts=(4,),
     linear_tokens=(16, 32, 64),
-    linear_experts=4,
+    linear_experts=(4,),
     train_step_experts=(),
     stream_bytes=2**20,
 )
