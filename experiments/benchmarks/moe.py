@@ -9,7 +9,8 @@ The roofline is the larger of the dense MLP's time and the time to read every to
 gradient once; touched are the experts, not the router, that have at least one row. Its bandwidth is that of
 `a + 2 b` on arrays of `Sizes.stream_bytes` into a donated third, which takes its turns among the contenders.
 
-Contenders: a backend of `pallas_kernels`, or `capacity_einsum`, the layer of one-hot products with a capacity.
+Contenders: a backend of `pallas_kernels`; `capacity_einsum`, the layer of one-hot products with a capacity for each
+1,024 tokens; `capacity_einsum_ungrouped`, the same with one capacity for all tokens.
 Routings: `balanced` is a random router on random tokens; `zipf` draws the experts of a token without replacement with
 probability proportional to rank^-1.2; `hot` has expert 0 among every token's choices.
 
@@ -91,7 +92,8 @@ class Sizes:
       rows, choices: every N with every K.
       experts: E under balanced routing.
       skewed_experts: E under the other routings, at the first K.
-      einsum_experts: E of the capacity layer.
+      einsum_experts: E of the capacity layers, of which the ungrouped one runs at the first N alone: its one-hot
+        arrays grow with T².
       ragged_dot_experts: E of the `ragged_dot` backend, at the first N and K. Its time grows with E.
       linear_tokens: T of the linearity rows, at each E of `linear_experts` and the first K.
       train_step_experts: E of the whole training steps.
@@ -175,16 +177,16 @@ def capacity_einsum(
     w_down: jax.Array,
     *,
     capacity_factor: float = 1.5,
-    group: int = 1024,
+    group: int | None = 1024,
 ) -> jax.Array:
     """The routed SwiGLU MLP as products with one-hot (G, S, E, C) tensors (GShard), arguments as of `moe_mlp`.
 
     Args:
       capacity_factor: C = ceil(capacity_factor · S · K / E); an expert's later tokens are dropped.
-      group: the most tokens that share a capacity, S; it must divide T where T is larger.
+      group: the most tokens that share a capacity, S; it must divide T where T is larger. None: all of them.
     """
     tokens, k = expert_index.shape
-    experts, size = w_gate_up.shape[0], min(tokens, group)
+    experts, size = w_gate_up.shape[0], min(tokens, group or tokens)
     capacity = math.ceil(capacity_factor * size * k / experts)
     grouped = x.reshape(-1, size, x.shape[1])
     chosen = jax.nn.one_hot(expert_index.reshape(-1, size, k), experts, dtype=jnp.int32)
@@ -199,6 +201,12 @@ def capacity_einsum(
     return jnp.einsum("gsec,egcd->gsd", combine, returned).reshape(x.shape)
 
 
+EINSUMS = {
+    "capacity_einsum": capacity_einsum,
+    "capacity_einsum_ungrouped": functools.partial(capacity_einsum, group=None),
+}
+
+
 def layer_rows(sizes: Sizes, *, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of a step of every contender, and their ratios to the dense MLP and to the roofline."""
     rows, backend = [], resolved_backend()
@@ -206,7 +214,8 @@ def layer_rows(sizes: Sizes, *, rounds: int) -> list[dict[str, Any]]:
         for n in sizes.rows:
             shape = functools.partial(Shape, n // k, sizes.width, sizes.hidden, k=k)
             contenders = [(shape(experts=e), "balanced", backend) for e in sizes.experts]
-            contenders += [(shape(experts=e), "balanced", "capacity_einsum") for e in sizes.einsum_experts]
+            einsums = [name for name in EINSUMS if n == sizes.rows[0] or name != "capacity_einsum_ungrouped"]
+            contenders += [(shape(experts=e), "balanced", name) for e in sizes.einsum_experts for name in einsums]
             if k == sizes.choices[0]:
                 skewed = [(e, routing) for e in sizes.skewed_experts for routing in ROUTINGS[1:]]
                 contenders += [(shape(experts=e), routing, backend) for e, routing in skewed]
@@ -390,7 +399,7 @@ def _call(
 @functools.cache
 def _training_step(contender: str, k: int) -> Callable[..., Any]:
     """Forward and backward of `contender`: outputs, and the gradients of weights and tokens."""
-    mlp = capacity_einsum if contender == "capacity_einsum" else functools.partial(moe_mlp, backend=contender)
+    mlp = EINSUMS.get(contender) or functools.partial(moe_mlp, backend=contender)
 
     def layer(weights, x, bias):
         if contender == "dense":
@@ -452,11 +461,11 @@ def describe(result: dict[str, Any]) -> str:
         if title != shape:
             shape = title
             lines += ["", title]
-            lines += [f"  {'E':<4} {'routing':<9} {'contender':<16} {'ms':>9} {'of dense':>9} {'of roof':>8}"]
+            lines += [f"  {'E':<4} {'routing':<9} {'contender':<25} {'ms':>9} {'of dense':>9} {'of roof':>8}"]
         aim = TARGETS.get(n, {}).get(row["E"])
         asked = row["routing"] == "balanced" and row["contender"] == measured and (row["D"], row["F"]) == (256, 512)
         lines.append(
-            f"  {row['E']:<4} {row['routing']:<9} {row['contender']:<16} {row['milliseconds']:>9.1f} "
+            f"  {row['E']:<4} {row['routing']:<9} {row['contender']:<25} {row['milliseconds']:>9.1f} "
             f"{row['ratio_to_dense']:>9.2f} {row['ratio_to_roofline']:>8.2f}"
             + (f"   target {aim:.1f} of dense" if aim and asked else "")
         )

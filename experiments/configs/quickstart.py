@@ -6,9 +6,9 @@
 Every member sees the same tokens: biographies that only memory can predict, and chained arithmetic with worked
 solutions, a fifth of whose steps are corrupted in training (the test problems are clean and new).
 
-Measured, E = 2, 8, 64, one seed: recall of biographies 0.24, 0.51, 0.98; training loss 2.99, 2.16, 0.75; new problems
-solved 0.86, 0.99, 0.90, which one seed of this length does not settle (micro_study.py has more steps and seeds). On 2
-quiet cores `make study` takes 2 minutes, the environment included.
+Measured, E = 2, 8, 64, one seed: recall of biographies 0.24, 0.53, 0.99; training loss 3.00, 2.13, 0.74; new problems
+solved 0.97, 0.98, 0.96, which one seed of this length does not settle: code that rounds otherwise gave 0.86, 0.99, 0.89
+(micro_study.py has more steps and seeds). On 2 cores `make study` takes 2 to 3 minutes, the environment included.
 """
 
 import ml_collections

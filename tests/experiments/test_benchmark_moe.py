@@ -49,7 +49,8 @@ def choices(routing, tokens=2048, experts=32, k=2):
 def test_the_result_has_a_row_for_every_contender(result):
     assert set(result) == {"machine", "rows", "train_step", "linear_in_tokens"}
     cases = {(row["T"] * row["K"], row["K"], row["E"], row["routing"], row["contender"]) for row in result["rows"]}
-    expected = {(64, k, 4, "balanced", contender) for k in (2, 4) for contender in ("cpu", "capacity_einsum")}
+    contenders = "cpu", "capacity_einsum", "capacity_einsum_ungrouped"
+    expected = {(64, k, 4, "balanced", contender) for k in (2, 4) for contender in contenders}
     expected |= {(64, 2, 4, routing, "cpu") for routing in ("zipf", "hot")}
     assert cases == expected | {(64, 2, 4, "balanced", "ragged_dot")}
     assert len(cases) == len(result["rows"])
@@ -106,7 +107,7 @@ def test_balanced_loads_are_near_the_mean():
     assert load.max() < 2 * load.mean()
 
 
-@pytest.mark.parametrize(("capacity_factor", "group"), [(4.0, 64), (4.0, 16), (0.5, 64)])
+@pytest.mark.parametrize(("capacity_factor", "group"), [(4.0, 64), (4.0, 16), (4.0, None), (0.5, 64)])
 def test_capacity_einsum_is_moe_mlp_with_its_capacity(capacity_factor, group):
     """E / K = 4 leaves room for every token; one group drops what `make_plan` drops."""
     tokens, width, hidden, experts, k = 64, 8, 16, 8, 2
