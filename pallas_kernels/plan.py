@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def token(self) -> jax.Array:
-        """(N,) int32, the token at each row."""
+        """(rows,) int32, the token at each row."""
         return jax.lax.div(self.order, jnp.int32(self.experts_per_token))
 
     @property
@@ -72,7 +72,9 @@ class Plan:
         """(rows,) bool, the rows that hold an assignment of an expert."""
         row = jnp.arange(self.num_rows, dtype=jnp.int32)
         inside = row < self.group_offsets[-1]
-        return inside if self.block == 1 else inside & (take(self.inverse.reshape(-1), self.order) == row)
+        if self.block == 1 or self.num_tokens == 0:
+            return inside
+        return inside & (take(self.inverse.reshape(-1), self.order) == row)
 
 
 def make_plan(

@@ -103,9 +103,10 @@ def mesh_of(chip: str) -> Mesh:
     except (KeyError, CompilerMissing):
         raise
     except Exception as error:
+        advice = "; pip install 'jaxmoe[compile]' brings it" if chip in TPU_TOPOLOGIES else ""
         raise CompilerMissing(
-            f"the compiler for {chip} is not at hand ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "pip install 'jaxmoe[compile]' brings it."
+            f"the compiler for {chip} is not at hand ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"{advice}."
         ) from error
     return Mesh(description.devices[:1], ("device",))
 

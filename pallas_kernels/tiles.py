@@ -81,7 +81,7 @@ class Tiling:
         for factors in itertools.product((1, 0.5, 2), repeat=len(first)):
             if len(first) - factors.count(1) > 2:
                 continue
-            scaled = self.tile(*(int(number * factor) for number, factor in zip(first, factors, strict=True)))
+            scaled = self.tile(*(int(number * factor) or 1 for number, factor in zip(first, factors, strict=True)))
             with contextlib.suppress(Misfit):
                 scaled = self.fitted(scaled, itemsize=itemsize, **sizes)
                 if scaled not in found:

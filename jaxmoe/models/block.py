@@ -156,10 +156,11 @@ class BlockStack(nnx.Module):
 
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+            # What keeps XLA from finding again what was thrown away: the loop, or barriers where there is none.
+            step = jax.checkpoint(step, policy=policy, prevent_cse=self.repeats == 1)
         start = x, [None] * len(self.blocks) if caches is None else caches
         layers = jnp.arange(self.repeats)
-        (x, updated), statistics = jax.lax.scan(step, start, (state, layers), unroll=self.repeats == 1)
+        (x, updated), statistics = jax.lax.scan(step, start, (state, layers))
         return x, statistics, None if caches is None else updated
 
 

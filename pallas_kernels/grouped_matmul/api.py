@@ -27,7 +27,8 @@ def grouped_matmul(
     Args:
       rows: (N, D) float32 or bfloat16; the first group_sizes[0] rows are group 0, and so on.
       weights: (E, D, F), or (E, F, D) with `transpose_weights`; dtype of `rows`.
-      group_sizes: (E,) int32, their sum at most N.
+      group_sizes: (E,) int32, their sum at most N. Under jit, where nobody can check, a negative size counts as zero
+        and the groups end at N.
       transpose_weights: multiply with the transposed matrices.
       backend: `auto` or one of `BACKENDS`.
 
@@ -42,11 +43,12 @@ def grouped_matmul(
     _check(rows, weights, group_sizes, transpose_weights)
     if rows.shape[0] == 0:
         return jnp.zeros((0, weights.shape[1 if transpose_weights else 2]), rows.dtype)
+    group_sizes = _within(group_sizes, rows.shape[0])
     with jax.named_scope("grouped_matmul"):
         if target.backend == "reference":
             matrices = weights.swapaxes(1, 2) if transpose_weights else weights
             return reference.grouped_matmul(rows, matrices, group_sizes)
-        return _grouped_matmul(target, transpose_weights, rows, weights, group_sizes.astype(jnp.int32))
+        return _grouped_matmul(target, transpose_weights, rows, weights, group_sizes)
 
 
 def _check(rows, weights, group_sizes, transpose_weights):
@@ -59,6 +61,7 @@ def _check(rows, weights, group_sizes, transpose_weights):
         jnp.issubdtype(group_sizes.dtype, jnp.integer),
         f"group_sizes has dtype {group_sizes.dtype}; an integer dtype is expected.",
     )
+    require(weights.shape[0] >= 1, f"weights has shape {tuple(weights.shape)}; at least one expert is needed.")
     contracted = 2 if transpose_weights else 1
     require(
         weights.shape[contracted] == rows.shape[1],
@@ -76,6 +79,12 @@ def _check(rows, weights, group_sizes, transpose_weights):
             f"group_sizes={sizes.tolist()} with sum {sizes.sum()}; sizes of at least 0 with a sum of at most "
             f"N={rows.shape[0]} are expected.",
         )
+
+
+def _within(group_sizes, num_rows):
+    """Sizes that kernels may trust: int32, none negative, their sum at most N."""
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes.astype(jnp.int32), 0)), num_rows)
+    return jnp.diff(ends, prepend=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

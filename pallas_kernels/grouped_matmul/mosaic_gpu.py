@@ -70,8 +70,12 @@ def _kernel(group, start, stop, rows, weights, out, *, tile, groups):
     )
 
     def multiplied(total):
+        def step(_, left, right):
+            plgpu.wgmma(total, left, right)
+            plgpu.wgmma_wait(1)  # the product before has been read from its blocks, which the next copies overwrite
+
         plgpu.emit_pipeline(
-            lambda _, left, right: plgpu.wgmma(total, left, right),
+            step,
             grid=(jax.lax.select(this_group < groups, jnp.int32(steps), jnp.int32(0)),),  # no group: zero, not read
             in_specs=[left, right],
             max_concurrent_steps=tile.stages,

@@ -1,6 +1,6 @@
 """The elementwise part of the routed MLP's backward pass, in plain `jax.numpy`.
 
-N rows, F hidden width.
+F hidden width; N rows, or any leading axes.
 """
 
 import jax
@@ -38,9 +38,9 @@ def hidden_gradient(
       from_output: (N, F).
       row_gate: (N,) float32.
     """
-    gated, up = jnp.split(hidden.astype(jnp.float32), 2, axis=1)
+    gated, up = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
     gated_gradient, up_gradient, weighted, terms = swiglu_gradient(
-        gated, up, from_output.astype(jnp.float32), row_gate[:, None]
+        gated, up, from_output.astype(jnp.float32), row_gate[..., None]
     )
-    gradient = jnp.concatenate([gated_gradient, up_gradient], axis=1)
-    return weighted.astype(hidden.dtype), gradient.astype(hidden.dtype), jnp.sum(terms, axis=1)
+    gradient = jnp.concatenate([gated_gradient, up_gradient], axis=-1)
+    return weighted.astype(hidden.dtype), gradient.astype(hidden.dtype), jnp.sum(terms, axis=-1)

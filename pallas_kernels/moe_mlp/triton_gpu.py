@@ -8,6 +8,7 @@ T tokens, N rows, D width, F hidden width, E groups, V tiles; M, BD, BF the bloc
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,35 +48,65 @@ UP = Tiling(
 )
 
 
-def _kernel(group, start, stop, token, x, weights, activation, *hidden, tile, groups):
-    width, hidden_width = x.shape[1], activation.shape[1]
+class _Block(NamedTuple):
+    """What a program works on: a tile of rows of one expert, and a block of the hidden width.
+
+    Attributes:
+      rows: in the plan's order.
+      tokens: of the rows.
+      gate_columns: of the fused width 2F; of an array of width F too.
+      up_columns: the same columns of the second half of 2F.
+      column_tile: () int32, the number of the block.
+      expert: () int32, in [0, E) also where not routed.
+      routed: () bool, whether the rows are an expert's; those of no group are zero, and nothing is read for them.
+    """
+
+    rows: triton.Axis
+    tokens: triton.Axis
+    gate_columns: triton.Axis
+    up_columns: triton.Axis
+    column_tile: jax.Array
+    expert: jax.Array
+    routed: jax.Array
+
+
+def _block(group, start, stop, token, tile: Tile, hidden_width: int, groups: int) -> _Block:
     number, column_tile = triton.split(triton.program(), tiles_of(hidden_width, tile.out))
-    this_group = group[number]
-    own = triton.span(start[number], tile.rows, stop[number])
-    tokens = triton.looked_up([token], own)
-    gate_columns = triton.tile_of(column_tile, tile.out, hidden_width)
-    up_columns = gate_columns._replace(index=gate_columns.index + hidden_width)
-    expert = jnp.minimum(this_group, groups - 1)
+    rows = triton.span(start[number], tile.rows, stop[number])
+    columns = triton.tile_of(column_tile, tile.out, hidden_width)
+    return _Block(
+        rows=rows,
+        tokens=triton.looked_up([token], rows),
+        gate_columns=columns,
+        up_columns=columns._replace(index=columns.index + hidden_width),
+        column_tile=column_tile,
+        expert=jnp.minimum(group[number], groups - 1),
+        routed=group[number] < groups,
+    )
+
+
+def _up_kernel(group, start, stop, token, x, weights, activation, *hidden, tile, groups):
+    width = x.shape[1]
+    block = _block(group, start, stop, token, tile, activation.shape[1], groups)
 
     def step(i, totals):
         inner = triton.tile_of(i, tile.contracted, width)
-        left = triton.load(x, tokens, inner)
+        left = triton.load(x, block.tokens, inner)
         return tuple(
-            total + triton.dot(left, triton.load(weights, inner, columns, expert))
-            for total, columns in zip(totals, (gate_columns, up_columns), strict=True)
+            total + triton.dot(left, triton.load(weights, inner, columns, block.expert))
+            for total, columns in zip(totals, (block.gate_columns, block.up_columns), strict=True)
         )
 
-    # Rows of no group are zero, and not read.
-    steps = triton.steps_if(this_group < groups, tiles_of(width, tile.contracted))
+    steps = triton.steps_if(block.routed, tiles_of(width, tile.contracted))
     zero = jnp.zeros((tile.rows, tile.out), jnp.float32)
     # As the unfused form does, the nonlinearity sees the products in the dtype of x.
     gated, above = (
         total.astype(x.dtype).astype(jnp.float32) for total in jax.lax.fori_loop(0, steps, step, (zero, zero))
     )
-    triton.store(activation, own, gate_columns, gated * jax.nn.sigmoid(gated) * above)
+    triton.store(activation, block.rows, block.gate_columns, gated * jax.nn.sigmoid(gated) * above)
     if hidden:
-        triton.store(hidden[0], own, gate_columns, gated)
-        triton.store(hidden[0], own, up_columns, above)
+        triton.store(hidden[0], block.rows, block.gate_columns, gated)
+        triton.store(hidden[0], block.rows, block.up_columns, above)
 
 
 def up(
@@ -114,7 +145,7 @@ def up(
     tiles, columns = most_tiles(num_rows, groups, tile.rows), tiles_of(hidden_width, tile.out)
     out_widths = [hidden_width, fused] if save_hidden else [hidden_width]
     outs = pl.pallas_call(
-        functools.partial(_kernel, tile=tile, groups=groups),
+        functools.partial(_up_kernel, tile=tile, groups=groups),
         out_shape=[jax.ShapeDtypeStruct((num_rows, out_width), x.dtype) for out_width in out_widths],
         grid=triton.num_programs(tiles, columns),
         compiler_params=triton.compiler_params(tile.warps, tile.stages),
@@ -157,36 +188,29 @@ HIDDEN_GRADIENT = Tiling(
 def _hidden_gradient_kernel(
     group, start, stop, token, gate, y_gradient, hidden, weights, weighted, out, gate_part, *, tile, groups
 ):
-    width, hidden_width = y_gradient.shape[1], weighted.shape[1]
-    number, column_tile = triton.split(triton.program(), tiles_of(hidden_width, tile.out))
-    this_group = group[number]
-    own = triton.span(start[number], tile.rows, stop[number])
-    tokens = triton.looked_up([token], own)
-    gate_columns = triton.tile_of(column_tile, tile.out, hidden_width)
-    up_columns = gate_columns._replace(index=gate_columns.index + hidden_width)
-    expert = jnp.minimum(this_group, groups - 1)
+    width = y_gradient.shape[1]
+    block = _block(group, start, stop, token, tile, weighted.shape[1], groups)
+    rows = block.rows
 
     def step(i, total):
         inner = triton.tile_of(i, tile.contracted, width)
-        left = triton.load(y_gradient, tokens, inner)
-        return total + triton.dot(left, triton.load(weights, gate_columns, inner, expert), contract=(1, 1))
+        left = triton.load(y_gradient, block.tokens, inner)
+        right = triton.load(weights, block.gate_columns, inner, block.expert)
+        return total + triton.dot(left, right, contract=(1, 1))
 
-    routed = this_group < groups
-    total = jax.lax.fori_loop(
-        0,
-        triton.steps_if(routed, tiles_of(width, tile.contracted)),
-        step,
-        jnp.zeros((tile.rows, tile.out), jnp.float32),
-    )
-    row_gate = triton.load_vector(gate, own._replace(valid=own.valid & routed))[:, None]
-    gated = triton.load(hidden, own, gate_columns).astype(jnp.float32)
-    above = triton.load(hidden, own, up_columns).astype(jnp.float32)
+    steps = triton.steps_if(block.routed, tiles_of(width, tile.contracted))
+    from_output = jax.lax.fori_loop(0, steps, step, jnp.zeros((tile.rows, tile.out), jnp.float32))
+    row_gate = triton.load_vector(gate, rows._replace(valid=rows.valid & block.routed))[:, None]
+    gated = triton.load(hidden, rows, block.gate_columns).astype(jnp.float32)
+    above = triton.load(hidden, rows, block.up_columns).astype(jnp.float32)
+    # `elementwise.swiglu_gradient`, each result where it is stored: all of them at once take more registers.
     sigmoid = jax.nn.sigmoid(gated)
     silu = gated * sigmoid
-    triton.store(weighted, own, gate_columns, row_gate * silu * above)
-    triton.store(out, own, gate_columns, row_gate * total * above * (sigmoid * (1 + gated * (1 - sigmoid))))
-    triton.store(out, own, up_columns, row_gate * total * silu)
-    triton.store_vector(gate_part, own, jnp.sum(silu * above * total, axis=1), column_tile)
+    triton.store(weighted, rows, block.gate_columns, row_gate * silu * above)
+    gated_gradient = row_gate * from_output * above * (sigmoid * (1 + gated * (1 - sigmoid)))
+    triton.store(out, rows, block.gate_columns, gated_gradient)
+    triton.store(out, rows, block.up_columns, row_gate * from_output * silu)
+    triton.store_vector(gate_part, rows, jnp.sum(silu * above * from_output, axis=1), block.column_tile)
 
 
 def hidden_gradient(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gather import take, take_valid
+from pallas_kernels.moe_mlp import elementwise
 from pallas_kernels.plan import Plan
 from pallas_kernels.windows import Layout, Rows, add_at, collect, layout_of
 
@@ -37,7 +38,7 @@ def _in_parts(function, *arrays):
     """`function` of arrays over the experts, of as many experts at a time as divide E into up to `_PARTS` parts."""
     experts = jax.tree.leaves(arrays)[0].shape[0]
     parts = max(count for count in range(1, _PARTS + 1) if experts % count == 0)
-    cut = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), arrays)
+    cut = jax.tree.map(lambda array: array.reshape(parts, experts // parts, *array.shape[1:]), arrays)
     return jax.tree.map(
         lambda array: array.reshape(experts, *array.shape[2:]), jax.lax.map(lambda part: function(*part), cut)
     )
@@ -76,19 +77,9 @@ def _experts_backward(x_rows, y_gradient, gate, hidden, w_gate_up, w_down):
       gate: (G, R) float32.
       hidden: (G, R, 2F), before the nonlinearity.
     """
-    dtype = x_rows.dtype
-    gated, up = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
-    sigmoid = jax.nn.sigmoid(gated)
-    silu = gated * sigmoid
-    activation = silu * up
-    gate = gate[..., None]
     from_output = _einsum("ecd,efd->ecf", y_gradient, w_down)
-    gate_gradient = jnp.sum(activation * from_output, axis=-1)
-    w_down_gradient = _einsum("ecf,ecd->efd", (gate * activation).astype(dtype), y_gradient)
-    activation_gradient = gate * from_output
-    hidden_gradient = jnp.concatenate(
-        [activation_gradient * up * (sigmoid * (1 + gated * (1 - sigmoid))), activation_gradient * silu], axis=-1
-    ).astype(dtype)
+    weighted, hidden_gradient, gate_gradient = elementwise.hidden_gradient(hidden, from_output, gate)
+    w_down_gradient = _einsum("ecf,ecd->efd", weighted, y_gradient)
     x_gradient = _einsum("ecf,edf->ecd", hidden_gradient, w_gate_up)
     w_gate_up_gradient = _einsum("ecd,ecf->edf", x_rows, hidden_gradient)
     return x_gradient, gate_gradient, w_gate_up_gradient, w_down_gradient

@@ -251,6 +251,20 @@ def test_rematerialization_changes_no_gradient(parameters):
             np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_recomputed_is_not_found_again():
+    """Without a loop over the layers XLA sees both computations, and would keep the first for the second."""
+    config = ModelConfig(vocab_size=8, width=32, num_layers=3, num_heads=2, dense_hidden=64)
+
+    def flops(remat):
+        abstract = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, remat=remat), rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(abstract)
+        gradient = jax.jit(jax.grad(lambda state, tokens: jnp.sum(nnx.merge(graph, state)(tokens).logits ** 2)))
+        compiled = gradient.lower(state, jax.ShapeDtypeStruct((2, 128), jnp.int32)).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops("full") > flops("dots") > 1.02 * flops("none")
+
+
 def test_bfloat16_compute_stays_near_float32(parameters):
     exact = run(variant(parameters), TOKENS, SEGMENTS).logits
     rounded = run(variant(parameters, compute_dtype="bfloat16"), TOKENS, SEGMENTS).logits

@@ -154,10 +154,12 @@ def test_an_aligned_plan_gives_the_same_layer(backend):
     assert_trees_close(value_and_gradients(8, expert_index), value_and_gradients(1, expert_index), 1e-5)
 
 
-def test_no_tokens():
-    plan = make_plan(np.zeros((0, 2), np.int32), EXPERTS)
+@pytest.mark.parametrize(("block", "num_rows"), [(1, 0), (8, 40)])
+def test_no_tokens(block, num_rows):
+    plan = make_plan(np.zeros((0, 2), np.int32), EXPERTS, block=block)
+    assert not plan.routed.any()
     rows = dispatch(jnp.zeros((0, WIDTH)), plan)
-    assert rows.shape == (0, WIDTH)
+    assert rows.shape == (num_rows, WIDTH)
     gradient = jax.grad(lambda gate: combine(rows, plan, gate).sum())(jnp.zeros((0, 2)))
     assert gradient.shape == (0, 2)
 

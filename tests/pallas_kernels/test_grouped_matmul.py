@@ -154,6 +154,14 @@ def test_no_rows(backend):
     np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_that_nobody_could_check_are_cut(backend):
+    """Under jit: groups end at N, and none is negative."""
+    rows, weights, cotangent = arrays()
+    actual = value_and_gradients(backend, rows, weights, [30, -5, 20, 10], cotangent)
+    assert_close(actual, by_hand(rows, weights, [30, 0, 10, 0], cotangent), 1e-5)
+
+
 @settings(max_examples=20)
 @given(sizes=group_sizes(experts=9, rows=300), weights=st.sampled_from([10, 10**6]))
 def test_windows_and_blocks_hold_every_row_once(sizes, weights):
@@ -187,6 +195,7 @@ def test_windows_and_blocks_hold_every_row_once(sizes, weights):
         (dict(rows=jnp.ones((4, 1, 6))), r"rows has shape \(4, 1, 6\); \(N, D\) is expected"),
         (dict(rows=jnp.ones((40, 6), jnp.float16)), "rows has dtype float16; choose one of float32, bfloat16"),
         (dict(rows=jnp.ones((40, 6), jnp.bfloat16)), "weights has dtype float32 but rows has bfloat16"),
+        (dict(weights=jnp.ones((0, 6, 5))), r"weights has shape \(0, 6, 5\); at least one expert is needed"),
         (dict(group_sizes=np.ones(3, int)), "group_sizes names 3 groups but weights has E=4"),
         (dict(group_sizes=np.ones(4)), "group_sizes has dtype float64"),
         (dict(group_sizes=np.array([10, 20, 30, 0])), "with sum 60; .* at most N=40"),

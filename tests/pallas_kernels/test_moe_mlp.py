@@ -324,6 +324,20 @@ def test_cpu_in_parts_equals_all_at_once(keep, monkeypatch):
     assert_close(in_parts(x, gate, w_gate_up, w_down), formula(expert_index, arrays(sizes)))
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_recomputing_fewer_rows_than_experts(backend):
+    """The windows of the CPU path hold no row then."""
+    sizes = Sizes(tokens=2, choices=2, experts=6)
+    expert_index = np.array([[5, 0], [5, 3]], np.int32)
+
+    @jax.jit
+    def recomputed(x, gate, w_gate_up, w_down, cotangent):
+        mlp = functools.partial(moe_mlp, recompute=True, backend=backend)
+        return pulled(mlp, x, expert_index, gate, w_gate_up, w_down, cotangent)
+
+    assert_close(recomputed(*arrays(sizes)), formula(expert_index, arrays(sizes)))
+
+
 @pytest.mark.parametrize(("recompute", "share"), [(False, 1.25), (True, 0.75)])
 def test_cpu_memory_of_many_rows(recompute, share):
     """Against what the layer is defined by: saved inputs and routed activations (docs/kernels.md)."""

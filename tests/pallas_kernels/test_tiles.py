@@ -78,6 +78,10 @@ def test_a_tile_of_other_names_is_passed_over(table, caplog):
     assert "passed over" in caplog.text
 
 
+def test_candidates_are_the_rules_tile_and_its_neighbours():
+    assert TILING.candidates(jnp.float32, "v5p", width=100) == [{"rows": 1}, {"rows": 2}]
+
+
 def test_writing_keeps_other_entries_and_replaces_its_own(table):
     tiles.write(table, [entry(2), entry(3, chip="v6e")])
     tiles.write(table, [entry(4)])
