@@ -112,7 +112,8 @@ def _weight_gradient(target, left, right, rows, previous, **by_token):
     """Of one product's weights; `by_token` names the operand that the GPU's kernel finds by its token."""
     gradient = kernels("grouped_matmul", target).weight_gradient
     if target.backend == "gpu":
-        return gradient(left, right, rows.group_sizes, target, token=rows.token, **by_token)
+        own = gradient(left, right, rows.group_sizes, target, token=rows.token, **by_token)
+        return own if previous is None else (previous.astype(jnp.float32) + own.astype(jnp.float32)).astype(own.dtype)
     return gradient(left, right, rows.group_sizes, target, previous=previous)
 
 
@@ -139,9 +140,15 @@ def _rows_backward(target, x, y_gradient, hidden, rows, w_gate_up, w_down, previ
     return rows_gradient, gate_gradient, (w_gate_up_gradient, w_down_gradient)
 
 
-def turns_of(target: Target, num_rows: int, width: int, hidden: int) -> int:
-    """In how many parts the hidden layers of N rows of D numbers, F of them hidden, are computed again."""
-    return _PARTS if target.backend == "tpu" and num_rows >= _LEAST_ROWS and 2 * hidden >= width else 1
+def _takes_parts(target: Target, num_rows: int, experts: int, width: int, hidden: int) -> bool:
+    """Whether hidden layers of N rows of D numbers, F of them hidden, are computed again part by part.
+
+    The TPU's kernel adds a part's weight gradients in place. On GPU a second set of them is held meanwhile, so parts
+    save memory only where the rows' arrays outweigh both.
+    """
+    if target.backend == "gpu" and num_rows * (2 * width + 3 * hidden) < 2 * 3 * experts * width * hidden:
+        return False
+    return num_rows >= _LEAST_ROWS and 2 * hidden >= width
 
 
 def _in_parts(target, x, y_gradient, rows, w_gate_up, w_down):
@@ -154,7 +161,7 @@ def _in_parts(target, x, y_gradient, rows, w_gate_up, w_down):
         )
         return weight_gradients, of_rows
 
-    if x.shape[1] % 128 == 0:  # laid out for fetching rows once, not in each turn
+    if target.backend == "tpu" and x.shape[1] % 128 == 0:  # laid out for fetching rows once, not in each turn
         x, y_gradient = (array.reshape(-1, x.shape[1] // 128, 128) for array in (x, y_gradient))
     zeros = jnp.zeros_like(w_gate_up), jnp.zeros_like(w_down)
     weight_gradients, of_rows = jax.lax.scan(step, zeros, _parts(rows, _PARTS))
@@ -164,8 +171,8 @@ def _in_parts(target, x, y_gradient, rows, w_gate_up, w_down):
 def _backward(target, recompute, residuals, y_gradient):
     x, plan, gate, w_gate_up, w_down, hidden = residuals
     rows = _all_rows(plan, gate)
-    _, hidden_width, width = w_down.shape
-    if recompute and turns_of(target, plan.num_rows, width, hidden_width) > 1:
+    experts, hidden_width, width = w_down.shape
+    if recompute and _takes_parts(target, plan.num_rows, experts, width, hidden_width):
         rows_gradient, row_gate_gradient, weight_gradients = _in_parts(target, x, y_gradient, rows, w_gate_up, w_down)
     else:
         if recompute:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pallas_kernels import BACKENDS, combine, dispatch, grouped_matmul, make_plan, moe_mlp, windows
-from pallas_kernels.moe_mlp import xla_cpu
+from pallas_kernels.moe_mlp import kernels, xla_cpu
 
 FAST_BACKENDS = [backend for backend in BACKENDS if backend != "reference"]
 
@@ -336,6 +336,22 @@ def test_recomputing_fewer_rows_than_experts(backend):
         return pulled(mlp, x, expert_index, gate, w_gate_up, w_down, cotangent)
 
     assert_close(recomputed(*arrays(sizes)), formula(expert_index, arrays(sizes)))
+
+
+def test_gpu_recomputes_part_by_part(monkeypatch):
+    """Three parts with rows and one without, groups across their borders; weight gradients add up."""
+    monkeypatch.setattr(kernels, "_LEAST_ROWS", 1)
+    sizes = Sizes(tokens=192, choices=2, experts=3)
+    expert_index = np.random.default_rng(8).integers(0, 3, (192, 2)).astype(np.int32)
+    x, gate, w_gate_up, w_down, cotangent = arrays(sizes)
+
+    @jax.jit
+    def recomputed(x, gate, w_gate_up, w_down):
+        mlp = functools.partial(moe_mlp, recompute=True, backend="gpu")
+        return pulled(mlp, x, expert_index, gate, w_gate_up, w_down, cotangent)
+
+    assert "scan" in str(jax.make_jaxpr(recomputed)(x, gate, w_gate_up, w_down))
+    assert_close(recomputed(x, gate, w_gate_up, w_down), formula(expert_index, arrays(sizes)))
 
 
 @pytest.mark.parametrize(("recompute", "share"), [(False, 1.25), (True, 0.75)])
