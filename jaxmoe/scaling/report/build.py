@@ -84,6 +84,7 @@ class _Folder:
         self._written: list[str] = []
 
     def write(self, name: str, contents: bytes) -> None:
+        """Writes a file of the report and lists it."""
         write_bytes(self.directory / name, contents)
         self._written.append(name)
 
