@@ -14,17 +14,20 @@ from jaxmoe.config.data import (
     TextSource,
 )
 from jaxmoe.config.errors import ConfigError, nearest
+from jaxmoe.config.mesh import MESH_AXES, MeshConfig
 from jaxmoe.config.model import DType, ModelConfig, MoEConfig
 from jaxmoe.config.run import EvaluationConfig, RunConfig, TrainConfig
 from jaxmoe.config.values import config_hash, from_dict, to_dict
 
 __all__ = [
+    "MESH_AXES",
     "SOURCE_KINDS",
     "ConfigError",
     "DType",
     "DataConfig",
     "EvaluationConfig",
     "KnowledgeSource",
+    "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "QuestionAnswerSource",

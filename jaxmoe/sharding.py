@@ -1,0 +1,98 @@
+"""Meshes, and which of their axes each axis of an array is spread over.
+
+Arrays name their axes in the model's terms (`batch`, `experts`, `width`); a `Partitioning` is a mesh and the rules
+that turn those names into mesh axes. Layers ask for the one in use and, where there is none, do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": ("context",),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocabulary": ("tensor",),
+    # parameters
+    "width": ("fsdp", "expert"),
+    "experts": ("expert", "tensor"),
+    "expert_width": ("fsdp",),
+}
+"""Mesh axes of each logical axis. A name that is not here, or None, is not spread.
+
+The batch goes over `expert`, too: where no routed layer needs it, that axis is one more of data and parameters.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioning:
+    """A mesh, and the rules for naming its axes.
+
+    Attributes:
+      mesh: with the axes of `jaxmoe.config.MESH_AXES`.
+    """
+
+    mesh: Mesh
+
+    def size(self, *axes: str) -> int:
+        """Devices along mesh axes together."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """Where an array goes, from the logical names of its axes.
+
+        An axis is spread over the longest leading part of its rule that divides it, so that nothing is padded.
+
+        Args:
+          axes: one name for each of the last axes of the array; leading axes without one (layers) are not spread.
+          shape: of the array.
+        """
+        names = (None,) * (len(shape) - len(axes)) + tuple(axes)
+        return PartitionSpec(*(self._mesh_axes(name, size) for name, size in zip(names, shape, strict=True)))
+
+    def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """`spec` on this mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    def _mesh_axes(self, name: str | None, size: int) -> tuple[str, ...] | None:
+        chosen: tuple[str, ...] = ()
+        for axis in RULES.get(name, ()):
+            if size % self.size(*chosen, axis):
+                break
+            chosen = (*chosen, axis)
+        return tuple(axis for axis in chosen if self.mesh.shape[axis] > 1) or None
+
+
+_IN_USE: contextvars.ContextVar[Partitioning | None] = contextvars.ContextVar("partitioning", default=None)
+
+
+def partitioning_in_use() -> Partitioning | None:
+    """What `use_partitioning` installed; None on one device."""
+    return _IN_USE.get()
+
+
+@contextlib.contextmanager
+def use_partitioning(partitioning: Partitioning | None) -> Iterator[None]:
+    """Layers traced in this context spread their arrays so."""
+    token = _IN_USE.set(partitioning)
+    try:
+        yield
+    finally:
+        _IN_USE.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` spread by the logical names of its axes where a partitioning is in use, else `x`."""
+    partitioning = partitioning_in_use()
+    if partitioning is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, partitioning.sharding(axes, x.shape))
