@@ -12,6 +12,7 @@ from jaxmoe.config.data import (
     ReasoningSource,
     SourceConfig,
     TextSource,
+    TokensSource,
 )
 from jaxmoe.config.errors import ConfigError, nearest
 from jaxmoe.config.mesh import MESH_AXES, MeshConfig
@@ -35,6 +36,7 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "TextSource",
+    "TokensSource",
     "TrainConfig",
     "config_hash",
     "from_dict",

@@ -25,7 +25,8 @@ from jaxmoe.data.layouts import Batch
 from jaxmoe.data.source import Source
 from jaxmoe.data.tokenizers import Tokenizer, load_tokenizer, require_vocabulary
 
-LONGEST_PERIOD = 1 << 16
+LONGEST_PERIOD = 1 << 20
+"""Rows after which a mixture's pattern repeats, at most: the paper's smallest source is 9 rows of a million."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Pattern:
         ordinal = np.arange(self.period) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         due = (ordinal + 0.5) / self.counts[source]
         order = np.lexsort((source, due))
-        self._source, self._ordinal = source[order], ordinal[order]
+        self._source, self._ordinal = source[order].astype(np.int32), ordinal[order].astype(np.int32)
 
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source of each row, and the row's number within its source."""
