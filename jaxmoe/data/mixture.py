@@ -163,6 +163,19 @@ class Mixture:
             if source.config.weight > 0 and source.rows_per_epoch == 0:
                 raise ConfigError(f"source {source.name!r} has weight={source.config.weight} but no training rows.")
         self._pattern = Pattern([source.config.weight for source in self.sources])
+        self._check_repeats()
+
+    def _check_repeats(self) -> None:
+        """Refuses a run that needs more of a source than there is, where the source must not be repeated."""
+        rows = self._pattern.rows_before(self.steps * self.batch_size)
+        for source, needed in zip(self.sources, rows.tolist(), strict=True):
+            if getattr(source.config, "allow_repeat", True) or needed <= source.rows_per_epoch:
+                continue
+            raise ConfigError(
+                f"source {source.name!r}: the run takes {needed * self.sequence_length:,} tokens of it, and it has "
+                f"{source.tokens_per_epoch:,}: {needed / source.rows_per_epoch:.2f} epochs. Set allow_repeat=True, "
+                "tokenize more, or lower its weight or train.steps."
+            )
 
     @classmethod
     def of_run(
