@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # activations
@@ -31,6 +32,10 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 The batch goes over `expert`, too: where no routed layer needs it, that axis is one more of data and parameters.
 """
+
+
+KEPT_ONLY = ("width", "expert_width")
+"""Axes along which parameters are spread to be kept, and gathered to be computed with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +90,9 @@ def use_partitioning(partitioning: Partitioning | None) -> Iterator[None]:
     """Layers traced in this context spread their arrays so."""
     token = _IN_USE.set(partitioning)
     try:
-        yield
+        # JAX keeps what it traced of inner functions by the mesh in use, too.
+        with contextlib.nullcontext() if partitioning is None else use_abstract_mesh(partitioning.mesh.abstract_mesh):
+            yield
     finally:
         _IN_USE.reset(token)
 
@@ -96,3 +103,32 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if partitioning is None:
         return x
     return jax.lax.with_sharding_constraint(x, partitioning.sharding(axes, x.shape))
+
+
+def gathered(parameter: jax.Array, *axes: str | None) -> jax.Array:
+    """A parameter as it is computed with: whole along the axes over which it is only kept, spread along the others.
+
+    Its gradient comes back spread as the parameter is, so that it is summed and spread in one exchange.
+
+    Args:
+      parameter: to compute with, in the dtype of the computation, so that no more is exchanged than is needed.
+      axes: its logical axes.
+    """
+    partitioning = partitioning_in_use()
+    return parameter if partitioning is None else _gathered(parameter, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(parameter: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    return constrain(constrain(parameter, *axes), *(None if axis in KEPT_ONLY else axis for axis in axes))
+
+
+def _gathered_forward(parameter, axes):
+    return _gathered(parameter, axes), None
+
+
+def _gathered_backward(axes, _, gradient):
+    return (constrain(gradient, *axes),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
