@@ -11,10 +11,13 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from jaxmoe.config import MESH_AXES, ConfigError, MeshConfig
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # activations
@@ -75,6 +78,53 @@ class Partitioning:
                 break
             chosen = (*chosen, axis)
         return tuple(axis for axis in chosen if self.mesh.shape[axis] > 1) or None
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a configuration, its axes laid out so that those that talk most are next to each other.
+
+    With several slices, `data` is divided among them first. A slice is what the devices say (TPU pods, NVLink
+    domains), or, where they say nothing, the devices of one process.
+
+    Args:
+      config: an axis of -1 is what is left of the devices.
+      devices: real ones or those of a described topology; None for all there are.
+
+    Raises:
+      ConfigError: axes that do not multiply to the number of devices, or another number of slices than there are.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    config = config.resolved(len(devices))
+    shape = tuple(config.shape.values())
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if config.slices == 1:
+        if len(slices) > 1 and devices[0].platform == "tpu":
+            raise ConfigError(
+                f"mesh: slices=1, but the devices are of {len(slices)} slices; give mesh.slices={len(slices)} and "
+                f"mesh.data a multiple of it."
+            )
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
+    by_process = len(slices) != config.slices
+    found = len({device.process_index for device in devices} if by_process else slices)
+    if found != config.slices:
+        raise ConfigError(
+            f"mesh: slices={config.slices}, but the devices are of {len(slices)} slices (and {found} processes); "
+            f"give mesh.slices={len(slices)}."
+        )
+    inner = (config.data // config.slices, *shape[1:])
+    outer = (config.slices, *(1 for _ in shape[1:]))
+    return Mesh(
+        mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
+        ),
+        MESH_AXES,
+    )
+
+
+def make_partitioning(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Partitioning | None:
+    """The partitioning over the mesh of a configuration; None on one device, where nothing is spread."""
+    mesh = build_mesh(config, devices)
+    return Partitioning(mesh) if mesh.size > 1 else None
 
 
 _IN_USE: contextvars.ContextVar[Partitioning | None] = contextvars.ContextVar("partitioning", default=None)
