@@ -30,7 +30,7 @@ Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 _BATCH_KEYS = ("inputs", "targets", "loss_weights", "segment_ids", "source")
-_BATCH_AXES = ("batch", "sequence")
+BATCH_AXES = ("batch", "sequence")
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +88,7 @@ def accumulated_sums(
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
     else:  # each device divides the rows that it has
         parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-        parts = {key: constrain(x, None, *_BATCH_AXES[: x.ndim - 1]) for key, x in parts.items()}
+        parts = {key: constrain(x, None, *BATCH_AXES[: x.ndim - 1]) for key, x in parts.items()}
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(carry, part):
@@ -208,7 +208,7 @@ def place_batch(batch: Batch, partitioning: Partitioning | None = None) -> Batch
 
     def place(x: Any) -> Array:
         shape = (x.shape[0] * rows, *x.shape[1:])
-        sharding = partitioning.sharding(_BATCH_AXES[: x.ndim], shape)
+        sharding = partitioning.sharding(BATCH_AXES[: x.ndim], shape)
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return {key: place(np.asarray(batch[key])) for key in _BATCH_KEYS}
