@@ -1,4 +1,4 @@
-"""Does a member fit on a slice that is not here, and how fast could it be? The real compilers' answer, without a device.
+"""Does a member fit on devices that are not here, and how fast could it be? The compilers' answer, without a device.
 
     python -m experiments.fit_check --config=experiments/configs/paper_math.py:d512-E8-k2 --topology=v5p:4x4x4 \\
         --mesh=fsdp=8,expert=8
@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a device that is here is not what the question is about
 
@@ -28,6 +29,9 @@ from absl import flags
 from experiments.flags import run_with_config
 from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError
+
+if TYPE_CHECKING:
+    from jaxmoe.scaling.fit import Fit
 
 _MEMBER = flags.DEFINE_string("member", None, "Which member; not needed where the configuration has one.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, for example v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, h100:64.")
@@ -63,7 +67,9 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     if run.mesh.slices != topology.slices:
         run = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, slices=topology.slices))
     if _SEARCH.value:
-        fits = search(run, topology, tries=_TRIES.value, told=lambda fit: print(describe_fit(fit, brief=True), file=sys.stderr))
+        if _WHAT.value != "train":
+            raise ConfigError(f"--search is for the train step; --what={_WHAT.value} has no plans to try.")
+        fits = search(run, topology, tries=_TRIES.value, told=_tell)
         best = fits[0]
     else:
         fits = [check_fit(run, topology, what=_WHAT.value, rows=_ROWS.value, length=_LENGTH.value)]
@@ -73,6 +79,13 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     else:
         print(describe_fit(best))
     return 0 if best.fits else 1
+
+
+def _tell(fit: Fit) -> None:
+    """Says what a plan came to, while others are compiled."""
+    from jaxmoe.scaling.fit_report import describe_fit
+
+    print(describe_fit(fit, brief=True), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ def describe_fit(fit: Fit, *, brief: bool = False) -> str:
     verdict = f"fits, {_gib(fit.headroom)} to spare" if fit.fits else f"does not fit, {_gib(-fit.headroom)} too much"
     how = f"mesh {mesh}; remat {fit.remat}; gradient_accumulation {fit.gradient_accumulation}"
     if brief:
-        seconds = "" if fit.estimate is None else f"; at least {fit.estimate.seconds:.3g} s a step ({fit.estimate.bound})"
+        estimate = fit.estimate
+        seconds = "" if estimate is None else f"; at least {estimate.seconds:.3g} s a step ({estimate.bound})"
         return f"{how}: {verdict}{seconds}"
     lines = [
         f"{fit.member}, {fit.what} step on {fit.topology} ({fit.devices} devices): {verdict}",

@@ -211,7 +211,8 @@ def _trips(line: str, condition: str, computations: dict[str, list[str]]) -> int
     noted = re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', line)
     if noted is not None:
         return int(noted[1])
-    bounds = [int(bound) for each in computations.get(condition, ()) for bound in re.findall(r"constant\((\d+)\)", each)]
+    lines = computations.get(condition, ())
+    bounds = [int(bound) for each in lines for bound in re.findall(r"constant\((\d+)\)", each)]
     return max(bounds, default=1)
 
 

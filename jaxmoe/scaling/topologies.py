@@ -136,7 +136,8 @@ def _tpus(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequenc
     except Exception as error:  # libtpu missing, or a shape that it does not know, in many classes
         text = str(error).splitlines()[0]
         if "libtpu" in text.lower() or "TPU_LIBRARY_PATH" in text:
-            raise targets.CompilerMissing(f"libtpu is not at hand ({text}); pip install 'jaxmoe[compile]' brings it.") from error
+            missing = f"libtpu is not at hand ({text}); pip install 'jaxmoe[compile]' brings it."
+            raise targets.CompilerMissing(missing) from error
         raise ConfigError(f"--topology={name}: the TPU compiler describes no such slice ({text}).") from error
 
 
