@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxmoe.config import ModelConfig, RunConfig, TrainConfig
 from jaxmoe.models import Decoder
 from jaxmoe.training.optimizer import make_optimizer
+from jaxmoe.training.spikes import SpikeHistory
 
 
 @jax.tree_util.register_dataclass
@@ -65,9 +66,11 @@ class TrainState:
       others: every other variable of the model.
       opt_state: of `make_optimizer`.
       key: base key of the run; whatever is random in a step folds the step into it.
-      skipped: steps so far whose loss or gradient was not finite, and that changed nothing.
+      skipped: steps so far that changed nothing, because their loss or gradient was not finite or, with
+        `spike_action` `skip`, their loss a spike.
       skipped_in_a_row: how many of them just now, one after the other.
       recent: sums for the next evaluation.
+      spikes: what the next loss is compared with; None in a run that does not look for spikes.
     """
 
     step: Int[Array, ""]
@@ -78,6 +81,7 @@ class TrainState:
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
     recent: RecentSums
+    spikes: SpikeHistory | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -100,6 +104,7 @@ def initial_state(model: ModelConfig, train: TrainConfig, num_sources: int, key:
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
         recent=RecentSums.zeros(model, num_sources),
+        spikes=SpikeHistory.empty(train),
     )
 
 
@@ -125,6 +130,8 @@ def init_state(run: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
 
 def relevant_to_step(config: TrainConfig) -> TrainConfig:
     """`config` with everything at its default that the computation of a step does not depend on."""
+    without_spikes = {"spike_window": 100, "spike_factor": 10.0} if config.spike_action == "off" else {}
     return dataclasses.replace(
-        config, log_every=10, checkpoint_every=None, keep_checkpoints=2, max_nonfinite_steps=20
-    )
+        config, log_every=10, checkpoint_every=None, keep_checkpoints=2, max_nonfinite_steps=20, watchdog_minutes=20.0,
+        **without_spikes,
+    )  # fmt: skip
