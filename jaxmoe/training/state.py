@@ -130,8 +130,10 @@ def init_state(run: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
 
 def relevant_to_step(config: TrainConfig) -> TrainConfig:
     """`config` with everything at its default that the computation of a step does not depend on."""
-    without_spikes = {"spike_window": 100, "spike_factor": 10.0} if config.spike_action == "off" else {}
+    if config.spike_action == "off":
+        config = dataclasses.replace(config, spike_window=100, spike_factor=10.0)
+    elif config.spike_action == "stop":
+        config = dataclasses.replace(config, spike_action="skip")  # whether the run goes on is the loop's affair
     return dataclasses.replace(
-        config, log_every=10, checkpoint_every=None, keep_checkpoints=2, max_nonfinite_steps=20, watchdog_minutes=20.0,
-        **without_spikes,
-    )  # fmt: skip
+        config, log_every=10, checkpoint_every=None, keep_checkpoints=2, max_nonfinite_steps=20, watchdog_minutes=20.0
+    )
