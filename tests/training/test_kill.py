@@ -28,8 +28,12 @@ class Signalling(ProgressReporter):
             if again_in_save:
                 os.rename = terminate_instead
 
+complete = os.rename
+
 def terminate_instead(source, target):
-    \"\"\"In place of the rename that completes a checkpoint: the second signal, and a disk that does not answer.\"\"\"
+    \"\"\"Instead of the rename that completes a checkpoint: the second signal, and a disk that hangs.\"\"\"
+    if os.path.basename(target) == "40":  # which is still being written, perhaps
+        return complete(source, target)
     os.kill(os.getpid(), signal.SIGTERM)
     while True:
         time.sleep(1)
