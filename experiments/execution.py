@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import ml_collections
 
 from experiments.terminal import log_to_terminal
-from jaxmoe.config import ConfigError, nearest
+from jaxmoe.config import ConfigError
 from jaxmoe.exit_status import RESUMABLE
 
 if TYPE_CHECKING:
@@ -16,25 +16,21 @@ if TYPE_CHECKING:
     from jaxmoe.training import ProgressReporter
 
 
-def read_study(config: ml_collections.ConfigDict, overridden: tuple[str, ...], member: str | None = None) -> Study:
+def read_study(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> Study:
     """The study of a configuration, checked.
 
     Args:
       config: of the `--config` flag.
       overridden: the dotted keys that the command line set.
-      member: that `--member` names, if it is given.
 
     Raises:
-      ConfigError: a mistake in it, an override without effect, no such member.
+      ConfigError: a mistake in it, or an override without effect.
     """
     from jaxmoe.scaling.study import Study
 
     study = Study.from_config_dict(config)
     _refuse_overrides_without_effect(config, overridden)
     study.check()
-    names = [known.name for known in study.members]
-    if member is not None and member not in names:
-        raise ConfigError(f"--member={member}: no such member.{nearest(member, names)}")
     return study
 
 

@@ -37,9 +37,10 @@ _RESUME = flags.DEFINE_enum(
 
 def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     """Runs the command; returns the exit status."""
-    study = read_study(config, overridden, _MEMBER.value)
+    study = read_study(config, overridden)
+    only = None if _MEMBER.value is None else study.member(_MEMBER.value).name
     if _DRY_RUN.value:
-        members = [member for member in study.members if _MEMBER.value in (None, member.name)]
+        members = [member for member in study.members if only in (None, member.name)]
         _check_vocabularies(members)
         print(json.dumps([member.summary() for member in members], indent=2) if _JSON.value else study.describe())
         return 0
@@ -48,7 +49,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
 
     workdir = _WORKDIR.value or f"runs/{study.name}"
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
-    return run_to_status(study, workdir, member=_MEMBER.value, resume=_RESUME.value, command=command)
+    return run_to_status(study, workdir, member=only, resume=_RESUME.value, command=command)
 
 
 def _check_vocabularies(members: Sequence[Member]) -> None:
