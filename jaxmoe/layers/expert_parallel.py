@@ -144,7 +144,7 @@ def routed_mlp(
     devices = jax.lax.axis_size(axes)
     room = received_rows_bound(tokens, k, plan.num_experts, devices, buffer_factor)
     with jax.named_scope("sizes"):
-        slices, local_expert, overflowed = _agreed(plan.group_sizes, room, axes)
+        slices, local_expert, overflowed = agreed_slices(plan.group_sizes, room, axes)
     with jax.named_scope("send"):
         rows = pallas_kernels.dispatch(x, plan, backend=backend)
         received = exchange(rows, slices, room, axes)
@@ -159,7 +159,7 @@ def routed_mlp(
     return y, overflowed
 
 
-def _agreed(
+def agreed_slices(
     group_sizes: Int[Array, " E"], room: int, axes: Axes
 ) -> tuple[Slices, Int[Array, " M"], Float[Array, ""]]:
     """What this device sends and receives, from the sizes of all, which are all that is exchanged for it.
