@@ -93,6 +93,8 @@ class ModelConfig:
         (Megatron's default, the paper's), `same` does not.
       max_sequence_length: longest sequence that may be trained or generated.
       compute_dtype: of activations and matmuls; parameters are always float32.
+      attention: how sequences attend without a cache. `xla`: blocks of plain XLA; `splash`: JAX's TPU kernel;
+        `cudnn`, `triton`: cuDNN and Pallas' kernel on GPU; `auto` picks by platform and shape, and says which.
       remat: what the backward pass recomputes: `none`, `full` (each layer) or `dots` (all but matmuls).
     """
 
@@ -115,6 +117,7 @@ class ModelConfig:
     residual_init: Literal["scaled", "same"] = "scaled"
     max_sequence_length: int = 4096
     compute_dtype: DType = "float32"
+    attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
