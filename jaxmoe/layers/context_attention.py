@@ -66,9 +66,8 @@ def _gathered(x: Array, axis: int) -> Array:
     return jax.lax.all_gather(x, AXIS, axis=axis, tiled=True)
 
 
-def _travels() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Where each device's even chunk goes for zigzag, and where its odd one does; both are permutations."""
-    devices = jax.lax.axis_size(AXIS)
+def travels(devices: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """From which device to which each even chunk goes for zigzag, and each odd one; both are permutations."""
     owner = {chunk: place // 2 for place, chunk in enumerate(zigzag_order(devices))}
     return tuple([(device, owner[2 * device + parity]) for device in range(devices)] for parity in (0, 1))
 
@@ -80,18 +79,16 @@ def _swapped_on_odd_devices(first: Array, second: Array) -> tuple[Array, Array]:
 
 
 def _to_zigzag(x: Array, axis: int) -> Array:
-    even_odd = [
-        jax.lax.ppermute(part, AXIS, travel)
-        for part, travel in zip(jnp.split(x, 2, axis), _travels(), strict=True)
-    ]
+    routes = travels(jax.lax.axis_size(AXIS))
+    even_odd = [jax.lax.ppermute(part, AXIS, route) for part, route in zip(jnp.split(x, 2, axis), routes, strict=True)]
     return jnp.concatenate(_swapped_on_odd_devices(*even_odd), axis)
 
 
 def _from_zigzag(x: Array, axis: int) -> Array:
     even_odd = _swapped_on_odd_devices(*jnp.split(x, 2, axis))
     returned = [
-        jax.lax.ppermute(part, AXIS, [(there, here) for here, there in travel])
-        for part, travel in zip(even_odd, _travels(), strict=True)
+        jax.lax.ppermute(part, AXIS, [(there, here) for here, there in route])
+        for part, route in zip(even_odd, travels(jax.lax.axis_size(AXIS)), strict=True)
     ]
     return jnp.concatenate(returned, axis)
 
@@ -124,10 +121,8 @@ def _forward(query, key, value, query_groups, key_groups):
             scores = jnp.where(blocks.allowed(index, other), scores, MASKED)
             higher = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
             weights, kept = jnp.exp(scores - higher), jnp.exp(highest - higher)
-            total = kept * total + weights.sum(axis=-1, keepdims=True)
-            return kept * mixed + product("bmqc,bmch->bmqh", weights.astype(value.dtype), blocks.of(value, other)), (
-                higher
-            ), total
+            new = product("bmqc,bmch->bmqh", weights.astype(value.dtype), blocks.of(value, other))
+            return kept * mixed + new, higher, kept * total + weights.sum(axis=-1, keepdims=True)
 
         one = jnp.zeros((*part.shape[:-1], 1), jnp.float32)
         start = jnp.zeros(part.shape, jnp.float32), one + MASKED, one
@@ -169,8 +164,8 @@ def _backward(residuals, gradient):
 
     sums = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     sums, query_gradients = jax.lax.scan(gradients, sums, (jnp.arange(blocks.count), log_sums))
-    key_gradient, value_gradient = sums
-    return blocks.joined(query_gradients), key_gradient.astype(key.dtype), value_gradient.astype(value.dtype), None, None
+    key_gradient, value_gradient = (x.astype(like.dtype) for x, like in zip(sums, (key, value), strict=True))
+    return blocks.joined(query_gradients), key_gradient, value_gradient, None, None
 
 
 plain_blocks.defvjp(_forward, _backward)

@@ -20,7 +20,7 @@ from jaxmoe.layers.causal_attention import scaled
 from pallas_kernels import execution
 
 SPLASH_BLOCKS = (512, 256, 128)
-"""Queries and keys of a splash block: the largest that divides the (chunk of the) sequence. 512 is MaxText's default."""
+"""Queries and keys of a splash block: the largest that divides a chunk of the sequence. MaxText's default is 512."""
 
 CONTEXT_RESIDUALS = "context_attention"
 """Checkpoint name of the output and the logsumexps where keys and values are gathered."""
@@ -55,8 +55,7 @@ def _splash_kernel(length: int, heads: int, order: tuple[int, ...], interpret: b
 
     chunk = length // len(order)
     block = next(block for block in SPLASH_BLOCKS if chunk % block == 0)
-    # What the two passes would share: one size for all blocks. The fused backward kernel would keep the queries'
-    # gradient once for every block of keys.
+    # Not the fused backward kernel, which keeps the queries' gradient once for every block of keys.
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     mask = library.CausalMask((length, length))
     mask.q_sequence = np.concatenate([np.arange(c * chunk, (c + 1) * chunk, dtype=np.int32) for c in order])
@@ -100,15 +99,16 @@ def triton_attention(
     """
     from jax.experimental.pallas.ops.gpu import attention as library
 
-    repeats = query.shape[2]
+    repeats, size = query.shape[2], jnp.dtype(query.dtype).itemsize
     arguments = (_heads_last(query), *(jnp.repeat(_heads_last(x[:, :, None]), repeats, axis=2) for x in (key, value)))
-    block = 128 if query.dtype == jnp.bfloat16 else 64
+    # The largest for which ptxas spills no register (compiled for H100, head_dim 16 to 128).
+    backward = min(64, 8192 // (size * 2 ** math.ceil(math.log2(query.shape[-1]))))
     mixed = library.mha(
         *arguments,
         groups,
         sm_scale=query.shape[-1] ** -0.5,
         causal=True,
-        block_sizes=library.BlockSizes(block, block, *[block // 2] * 4),
+        block_sizes=library.BlockSizes(256 // size, 64, *[backward] * 4),
         interpret=execution.target_of("gpu").interpret,
     )
     return _heads_first(mixed, query.shape)

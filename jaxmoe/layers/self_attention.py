@@ -61,23 +61,28 @@ def resolved_attention(attention: str, case: AttentionCase) -> str:
     """
     platform = execution.platform()
     if attention == "auto":
-        return _chosen(platform, case)
+        return _logged_choice(platform, case)
     reason = _wrong_platform(attention) or limit(attention, case)
     if reason is not None:
-        raise ConfigError(f"attention={attention!r}: {reason}; choose 'auto' ({_chosen(platform, case)!r} here).")
+        raise ConfigError(f"attention={attention!r}: {reason}; {_choice(platform, case)[0]!r} (or 'auto') would work.")
     return attention
 
 
-@functools.cache
-def _chosen(platform: str, case: AttentionCase) -> str:
+def _choice(platform: str, case: AttentionCase) -> tuple[str, dict[str, str]]:
+    """What `auto` is, and why it is none of those before."""
     refused = {}
     for name in PREFERRED.get(platform, ()):
-        refused[name] = limit(name, case)
-        if refused[name] is None:
-            break
-    else:
-        name = "xla"
-    reasons = "".join(f"; not {other!r}: {reason}" for other, reason in refused.items() if reason is not None)
+        reason = limit(name, case)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    return "xla", refused
+
+
+@functools.cache
+def _logged_choice(platform: str, case: AttentionCase) -> str:
+    name, refused = _choice(platform, case)
+    reasons = "".join(f"; not {other!r}: {reason}" for other, reason in refused.items())
     level = logging.WARNING if name == "xla" and refused else logging.INFO
     _logger.log(level, "attention 'auto' is %r on platform %r for %s%s", name, platform, case, reasons)
     return name
@@ -99,9 +104,8 @@ def limit(attention: str, case: AttentionCase) -> str | None:
     if attention == "splash":
         chunks = 1 if case.context == 1 else 2 * case.context
         if case.length % (128 * chunks):
-            return f"sequence length {case.length} is not a multiple of {128 * chunks}" + (
-                f" (128 for each of 2 chunks on {case.context} context devices)" if chunks > 1 else ""
-            )
+            among = "" if chunks == 1 else f", 128 for each of 2 chunks on {case.context} context devices"
+            return f"sequence length {case.length} is not a multiple of {128 * chunks}{among}"
         if case.head_dim % 8 or case.head_dim > 256:
             return f"head_dim {case.head_dim} is not a multiple of 8 up to 256"
     if attention in ("cudnn", "triton") and case.context > 1:
