@@ -40,7 +40,7 @@ def run_on_devices() -> Callable[..., None]:
     def run(path: pathlib.Path, *arguments: str, devices: int = 8) -> None:
         # Compiling takes longer than running here; the numbers are those of any other optimization level.
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        command = [sys.executable, "-m", "pytest", "-q", "--durations=10", "-p", "no:cacheprovider", str(path), *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), *arguments]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTEST_ADDOPTS": ""}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
