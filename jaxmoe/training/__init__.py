@@ -6,6 +6,7 @@ from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window
 from jaxmoe.training.errors import (
     CheckpointError,
     EvaluationStopped,
+    LossSpikeError,
     NonFiniteLossError,
     NoSpaceLeftError,
     TrainingError,
@@ -19,6 +20,7 @@ from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.state import TrainState, init_state
 from jaxmoe.training.step import make_train_step
+from jaxmoe.training.watchdog import Watchdog
 from jaxmoe.training.workdir import CONFIG_FILE, DONE_FILE, check_directory, claim_directory
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Checkpoints",
     "EvaluationContext",
     "EvaluationStopped",
+    "LossSpikeError",
     "NoSpaceLeftError",
     "NonFiniteLossError",
     "ProgressReporter",
@@ -39,6 +42,7 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "TrainingError",
+    "Watchdog",
     "averaging_window",
     "check_directory",
     "check_format",
