@@ -5,7 +5,6 @@ P devices, E experts, K experts per token, D width.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +79,11 @@ def assert_equal_on_both(moe, spread, x, mask, cotangent, params=None):
     ("settings", "sizes", "leading"),
     [
         ({}, {"fsdp": 8}, (8, 4)),
-        ({"experts_per_token": 3, "capacity_factor": 0.7}, {"fsdp": 2, "expert": 2, "tensor": 2}, (4, 6)),
+        (
+            {"experts_per_token": 3, "capacity_factor": 0.7, "expert_overlap": True},
+            {"fsdp": 2, "expert": 2, "tensor": 2},
+            (4, 6),
+        ),
         ({"capacity_factor": 0.7, "num_experts": 6}, {"data": 2, "expert": 2, "context": 2}, (8, 4)),
         (
             {"experts_per_token": 1, "num_experts": 2, "score_order": "softmax_then_topk", "renormalize": False},
@@ -88,9 +91,9 @@ def assert_equal_on_both(moe, spread, x, mask, cotangent, params=None):
             (2, 8),
         ),
         ({"capacity_factor": 0.6}, {"fsdp": 2, "expert": 2, "tensor": 2}, (5, 1)),
-        ({}, {"expert": 8}, (3,)),
+        ({"expert_overlap": True}, {"expert": 8}, (3,)),
     ],
-    ids=["fsdp", "tensor_capacity", "context_capacity", "fewer_experts_than_devices", "one_token_a_row", "no_rows"],
+    ids=["fsdp", "overlap_capacity", "context_capacity", "fewer_experts_than_devices", "one_token_a_row", "no_rows"],
 )
 def test_a_mesh_changes_no_number(settings, sizes, leading):
     """Outputs, statistics, and the gradients of tokens, router and experts, padding among the tokens."""
@@ -208,4 +211,4 @@ def test_the_buffer_holds_what_could_come_or_a_multiple_of_the_mean():
     assert received_rows_bound(tokens=16, k=2, num_experts=8, devices=4, factor=None) == 4 * 16 * 2
     assert received_rows_bound(tokens=16, k=8, num_experts=8, devices=4, factor=None) == 4 * 16 * 2
     assert received_rows_bound(tokens=16, k=3, num_experts=8, devices=4, factor=1.25) == 60
-    assert received_rows_bound(tokens=16, k=2, num_experts=8, devices=4, factor=math.inf) == 4 * 16 * 2
+    assert received_rows_bound(tokens=16, k=2, num_experts=8, devices=4, factor=100.0) == 4 * 16 * 2
