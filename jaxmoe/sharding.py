@@ -65,19 +65,20 @@ class Partitioning:
           shape: of the array.
         """
         names = (None,) * (len(shape) - len(axes)) + tuple(axes)
-        return PartitionSpec(*(self._mesh_axes(name, size) for name, size in zip(names, shape, strict=True)))
+        return PartitionSpec(*(self.mesh_axes(name, size) or None for name, size in zip(names, shape, strict=True)))
 
     def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
         """`spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
-    def _mesh_axes(self, name: str | None, size: int) -> tuple[str, ...] | None:
+    def mesh_axes(self, name: str | None, size: int) -> tuple[str, ...]:
+        """The axes of the mesh over which an axis of that name and size is spread; those of size 1 are left out."""
         chosen: tuple[str, ...] = ()
         for axis in RULES.get(name, ()):
             if size % self.size(*chosen, axis):
                 break
             chosen = (*chosen, axis)
-        return tuple(axis for axis in chosen if self.mesh.shape[axis] > 1) or None
+        return tuple(axis for axis in chosen if self.mesh.shape[axis] > 1)
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
