@@ -16,13 +16,14 @@ from jaxtyping import Array, Bool, Float
 
 import pallas_kernels
 from jaxmoe.config import ConfigError, ModelConfig, MoEConfig, from_dict
+from jaxmoe.layers.mlp import DenseMLP
 from jaxmoe.layers.parameters import dtype_name, normal_parameter, residual_output_std
 from jaxmoe.layers.router import Router, Routing
 from jaxmoe.layers.statistics import RouterStatistics
 
 
 class MoE(nnx.Module):
-    """K of E SwiGLU experts for every token.
+    """K of E SwiGLU experts for every token, and a shared one for all of them if there is one.
 
     The experts' gradients are written by hand, so forward-mode differentiation (`jax.jvp`) is not supported.
 
@@ -31,7 +32,8 @@ class MoE(nnx.Module):
       num_experts: E.
       experts_per_token: K, at most E.
       expert_hidden: F.
-      score_order, renormalize, router_dtype, capacity_factor, backend: as in `jaxmoe.config.MoEConfig`.
+      score_order, renormalize, routed_scaling, shared_expert_hidden, router_dtype, capacity_factor, backend: as in
+        `jaxmoe.config.MoEConfig`.
       init_std: of the router, gate and up weights.
       output_init_std: of the down weights; None for init_std.
       compute_dtype: of the experts' matrix products.
@@ -50,6 +52,8 @@ class MoE(nnx.Module):
         expert_hidden: int,
         score_order: str = "topk_then_softmax",
         renormalize: bool = True,
+        routed_scaling: float = 1.0,
+        shared_expert_hidden: int = 0,
         router_dtype: DTypeLike = "float32",
         capacity_factor: float | None = None,
         backend: str = "auto",
@@ -63,11 +67,18 @@ class MoE(nnx.Module):
             "experts_per_token": experts_per_token,
             "score_order": score_order,
             "renormalize": renormalize,
+            "routed_scaling": routed_scaling,
             "router_dtype": dtype_name(router_dtype),
         }
         checked = from_dict(
             MoEConfig,
-            routing | {"expert_hidden": expert_hidden, "capacity_factor": capacity_factor, "backend": backend},
+            routing
+            | {
+                "expert_hidden": expert_hidden,
+                "shared_expert_hidden": shared_expert_hidden,
+                "capacity_factor": capacity_factor,
+                "backend": backend,
+            },
             "MoE",
         )
         if checked.num_experts == 0:
@@ -90,6 +101,16 @@ class MoE(nnx.Module):
         self.down = normal_parameter(
             rngs, (num_experts, expert_hidden, width), init_std if output_init_std is None else output_init_std
         )
+        self.has_shared_expert = checked.shared_expert_hidden > 0
+        if self.has_shared_expert:
+            self.shared_expert = DenseMLP(
+                width,
+                checked.shared_expert_hidden,
+                init_std=init_std,
+                output_init_std=output_init_std,
+                compute_dtype=compute_dtype,
+                rngs=rngs,
+            )
 
     @classmethod
     def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs) -> MoE:
@@ -104,6 +125,8 @@ class MoE(nnx.Module):
             expert_hidden=moe.expert_hidden,
             score_order=moe.score_order,
             renormalize=moe.renormalize,
+            routed_scaling=moe.routed_scaling,
+            shared_expert_hidden=moe.shared_expert_hidden,
             router_dtype=moe.router_dtype,
             capacity_factor=moe.capacity_factor,
             backend=moe.backend,
@@ -132,11 +155,11 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None = None
     ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
-        """Routes every token and returns the gated sum of its experts' outputs.
+        """Routes every token and returns the gated sum of its experts' outputs, the shared expert's added.
 
         Args:
           x: tokens, any leading axes.
-          mask: False marks padding: not routed, not counted, output zero.
+          mask: False marks padding: not routed, not counted, output zero but for the shared expert's.
 
         Returns:
           The outputs, in compute_dtype, and the sums that auxiliary losses and load metrics are made of.
@@ -165,7 +188,11 @@ class MoE(nnx.Module):
                 plan=plan,
                 backend=self.backend,
             )
-        return y.reshape(x.shape), statistics
+        y = y.reshape(x.shape)
+        if self.has_shared_expert:
+            with jax.named_scope("shared_expert"):
+                y = y + self.shared_expert(x)
+        return y, statistics
 
     def _statistics(
         self, routing: Routing, plan: pallas_kernels.Plan, keep: Bool[Array, " T"] | None
