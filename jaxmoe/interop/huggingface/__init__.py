@@ -1,0 +1,18 @@
+"""Checkpoints of transformers: read into a decoder, and written from one."""
+
+from jaxmoe.interop.huggingface.architectures import ARCHITECTURES, model_config_from
+from jaxmoe.interop.huggingface.pretrained import (
+    PretrainedModel,
+    load_pretrained,
+    read_model_config,
+    save_pretrained,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "PretrainedModel",
+    "load_pretrained",
+    "model_config_from",
+    "read_model_config",
+    "save_pretrained",
+]
