@@ -211,7 +211,7 @@ def _index(folder: epath.Path) -> dict[str, str] | None:
 
 def _opened(path: epath.Path) -> Any:
     """The file for unbuffered reading: what is read goes straight to where it is wanted."""
-    return path.open("rb") if is_remote(path) else open(path, "rb", buffering=0)  # noqa: SIM115
+    return path.open("rb") if is_remote(path) else open(path, "rb", buffering=0)
 
 
 @dataclasses.dataclass(frozen=True)

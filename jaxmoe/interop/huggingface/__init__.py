@@ -1,6 +1,7 @@
 """Checkpoints of transformers: read into a decoder, and written from one."""
 
-from jaxmoe.interop.huggingface.architectures import ARCHITECTURES, model_config_from
+from jaxmoe.interop.huggingface.architectures import ARCHITECTURES
+from jaxmoe.interop.huggingface.config_json import model_config_from
 from jaxmoe.interop.huggingface.pretrained import (
     PretrainedModel,
     load_pretrained,

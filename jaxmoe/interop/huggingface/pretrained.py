@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import ConfigError, ModelConfig
-from jaxmoe.interop.huggingface.architectures import (
+from jaxmoe.interop.huggingface.config_json import (
     architecture_named,
     config_values,
     fitting_architecture,
