@@ -14,17 +14,21 @@ from jaxmoe.config.data import (
     TextSource,
 )
 from jaxmoe.config.errors import ConfigError, nearest
+from jaxmoe.config.mesh import MESH_AXES, MESH_PRESETS, MeshConfig, check_mesh, parse_mesh
 from jaxmoe.config.model import DType, ModelConfig, MoEConfig
 from jaxmoe.config.run import EvaluationConfig, RunConfig, TrainConfig
 from jaxmoe.config.values import config_hash, from_dict, to_dict
 
 __all__ = [
+    "MESH_AXES",
+    "MESH_PRESETS",
     "SOURCE_KINDS",
     "ConfigError",
     "DType",
     "DataConfig",
     "EvaluationConfig",
     "KnowledgeSource",
+    "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "QuestionAnswerSource",
@@ -33,8 +37,10 @@ __all__ = [
     "SourceConfig",
     "TextSource",
     "TrainConfig",
+    "check_mesh",
     "config_hash",
     "from_dict",
     "nearest",
+    "parse_mesh",
     "to_dict",
 ]

@@ -18,6 +18,7 @@ from jaxmoe.layers.causal_attention import MASKED, causal_attention
 from jaxmoe.layers.norm import rms_normalize
 from jaxmoe.layers.parameters import dtype_name, normal_parameter, residual_output_std
 from jaxmoe.layers.rope import apply_rope, rope_angles
+from jaxmoe.sharding import gathered
 
 
 @jax.tree_util.register_dataclass
@@ -80,9 +81,12 @@ class Attention(nnx.Module):
         self.norm_eps = norm_eps
         self.compute_dtype = checked.compute_dtype
         fused = (width, self.num_kv_heads, self.queries_per_key + 2, self.head_dim)
-        self.query_key_value = normal_parameter(rngs, fused, init_std)
+        self.query_key_value = normal_parameter(rngs, fused, init_std, axes=("width", "heads", None, None))
         self.output = normal_parameter(
-            rngs, (num_heads, self.head_dim, width), init_std if output_init_std is None else output_init_std
+            rngs,
+            (num_heads, self.head_dim, width),
+            init_std if output_init_std is None else output_init_std,
+            axes=("heads", None, "width"),
         )
         self.has_qk_norm = qk_norm != "none"
         if self.has_qk_norm:
@@ -138,7 +142,7 @@ class Attention(nnx.Module):
         if rotary is None:
             rotary = rope_angles(positions, self.head_dim, self.rope_theta)
         with jax.named_scope("attention"):
-            weight = self.query_key_value[...].astype(self.compute_dtype)
+            weight = gathered(self.query_key_value[...].astype(self.compute_dtype), "width", "heads", None, None)
             projected = jnp.einsum("bsd,dmrh->bsmrh", x.astype(self.compute_dtype), weight)
             cosine, sine = (angle[:, :, None, None] for angle in rotary)
             query_key = apply_rope(self._normalized(projected[..., :-1, :]), cosine, sine)
@@ -152,7 +156,8 @@ class Attention(nnx.Module):
                 cache = written(cache, layer, key, value, positions[:, 0])
                 mixed = cached_attention(query, cache.key[layer], cache.value[layer], positions)
             mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, self.head_dim)
-            return jnp.einsum("bsnh,nhd->bsd", mixed, self.output[...].astype(self.compute_dtype)), cache
+            output = gathered(self.output[...].astype(self.compute_dtype), "heads", None, "width")
+            return jnp.einsum("bsnh,nhd->bsd", mixed, output), cache
 
     def _normalized(self, query_key: Float[Array, "B S M R1 head_dim"]) -> Float[Array, "B S M R1 head_dim"]:
         """RMSNorm of queries and keys over as many dims as their scales have: one head's or all heads'."""

@@ -97,9 +97,14 @@ class MoE(nnx.Module):
         self.capacity_factor = checked.capacity_factor
         self.compute_dtype = compute_dtype
         self.router = Router(width, **{name: getattr(checked, name) for name in routing}, init_std=init_std, rngs=rngs)
-        self.gate_up = normal_parameter(rngs, (num_experts, width, 2 * expert_hidden), init_std)
+        self.gate_up = normal_parameter(
+            rngs, (num_experts, width, 2 * expert_hidden), init_std, axes=("experts", "expert_width", None)
+        )
         self.down = normal_parameter(
-            rngs, (num_experts, expert_hidden, width), init_std if output_init_std is None else output_init_std
+            rngs,
+            (num_experts, expert_hidden, width),
+            init_std if output_init_std is None else output_init_std,
+            axes=("experts", None, "expert_width"),
         )
         self.has_shared_expert = checked.shared_expert_hidden > 0
         if self.has_shared_expert:

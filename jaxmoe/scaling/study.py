@@ -16,7 +16,7 @@ HEADLINE_SLICE = "headline"
 _PUBLISHED = (
     "total_parameters", "active_parameters", "flops_per_token", "tokens", "tokens_per_parameter", "sparsity",
 )  # fmt: skip
-SECTIONS = ("model", "data", "train", "evaluation")
+SECTIONS = ("model", "data", "train", "evaluation", "mesh")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED_NAMES = ("report", "cache", "study.json")
 
@@ -104,10 +104,10 @@ class Study:
 
         Args:
           config: an `ml_collections.ConfigDict` or nested mappings, with `study` (name, title, held_fixed, varies,
-            notes, and `slices` for `slice_notes`), `seeds`, the sections `model`, `data`, `train`, `evaluation`, and
-            `members`: by arm, each with `slices`, `seeds` and values that replace those of the sections, merged key
-            by key. Members keep their order; a ConfigDict has none, so its are taken headline first, then by name
-            with numbers counted.
+            notes, and `slices` for `slice_notes`), `seeds`, the sections `model`, `data`, `train`, `evaluation`,
+            `mesh`, and `members`: by arm, each with `slices`, `seeds` and values that replace those of the sections,
+            merged key by key. Members keep their order; a ConfigDict has none, so its are taken headline first, then
+            by name with numbers counted.
 
         Raises:
           ConfigError: an unknown key (the nearest known one is given) or a value that is refused; the message starts
