@@ -159,6 +159,11 @@ def configs(draw) -> ModelConfig:
     return ModelConfig(**settings, moe=moe, first_dense_layers=dense)
 
 
+def shapes(config: ModelConfig):
+    """Of the decoder's parameters."""
+    return jax.tree.map(lambda leaf: leaf.shape, nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))))
+
+
 @given(config=configs(), fused=st.booleans())
 def test_parts_hold_every_number_of_every_parameter_once(config, fused):
     """And the configuration comes back as the same function."""
@@ -175,9 +180,7 @@ def test_parts_hold_every_number_of_every_parameter_once(config, fused):
     assert all((count == 1).all() for count in filled.values())
     assert len({part.tensor for part in parts}) == len(parts)
     again = model_config_from(config_values(config, architecture, "float32"))
-    assert jax.tree.map(lambda leaf: leaf.shape, nnx.state(nnx.eval_shape(lambda: Decoder(again, rngs=nnx.Rngs(0))))) == (
-        jax.tree.map(lambda leaf: leaf.shape, state)
-    )
+    assert shapes(again) == shapes(config)
     assert again.layer_kinds == config.layer_kinds
     if config.num_moe_layers:
         assert again.moe.renormalize == config.moe.renormalize

@@ -8,10 +8,13 @@ from jaxmoe.interop.huggingface.pretrained import (
     read_model_config,
     save_pretrained,
 )
+from jaxmoe.interop.huggingface.runs import export_run, import_run
 
 __all__ = [
     "ARCHITECTURES",
     "PretrainedModel",
+    "export_run",
+    "import_run",
     "load_pretrained",
     "model_config_from",
     "read_model_config",

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.config import ConfigError, ModelConfig
+from jaxmoe.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig
 from jaxmoe.interop.huggingface.config_json import (
     architecture_named,
     config_values,
@@ -29,6 +30,7 @@ from jaxmoe.interop.huggingface.transfer import read_parameters, tensor_blocks
 from jaxmoe.interop.safetensors_files import DTYPES, SHARD_BYTES, TensorFiles, TensorToWrite, write_tensors
 from jaxmoe.layers.parameters import dtype_name
 from jaxmoe.models import Decoder
+from jaxmoe.sharding import Partitioning, make_partitioning, use_partitioning
 from jaxmoe.storage import as_path, read_json, write_json
 
 CONFIG_FILE = "config.json"
@@ -67,10 +69,12 @@ class PretrainedModel(nnx.Module):
       decoder: for `jaxmoe.models.generate`, training and evaluation.
       config: the decoder's `ModelConfig`.
       origin: where it was read from.
+      partitioning: the mesh that its parameters are spread over; None for one device.
     """
 
-    def __init__(self, decoder: Decoder, origin: Origin):
+    def __init__(self, decoder: Decoder, origin: Origin, partitioning: Partitioning | None = None):
         self.decoder = decoder
+        self.partitioning = partitioning
         self.config: ModelConfig = decoder.config
         self.origin = origin
 
@@ -85,12 +89,15 @@ class PretrainedModel(nnx.Module):
         """
         graph, state = nnx.split(self.decoder)
         segments = None if attention_mask is None else jnp.asarray(attention_mask).astype(bool).astype(jnp.int32)
-        return _logits(graph, state, jnp.asarray(tokens), segments)
+        return _logits(graph, self.partitioning, state, jnp.asarray(tokens), segments)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graph: Any, state: Any, tokens: Array, segment_ids: Array | None) -> Array:
-    return nnx.merge(graph, state)(tokens, segment_ids=segment_ids).logits
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(
+    graph: Any, partitioning: Partitioning | None, state: Any, tokens: Array, segment_ids: Array | None
+) -> Array:
+    with use_partitioning(partitioning):
+        return nnx.merge(graph, state)(tokens, segment_ids=segment_ids).logits
 
 
 def read_model_config(path: epath.PathLike, *, dtype: str = "float32") -> ModelConfig:
@@ -106,12 +113,16 @@ def read_model_config(path: epath.PathLike, *, dtype: str = "float32") -> ModelC
     return model_config_from(_read_config(as_path(path)), compute_dtype=dtype)
 
 
-def load_pretrained(path: epath.PathLike, *, mesh: None = None, dtype: str = "float32") -> PretrainedModel:
+def load_pretrained(
+    path: epath.PathLike, *, mesh: Mesh | MeshConfig | None = None, dtype: str = "float32"
+) -> PretrainedModel:
     """Reads a model that transformers wrote, one block of a tensor at a time.
 
     Args:
       path: of the folder: config.json and safetensors files, in the layout of published checkpoints (three matrices
         for each expert) or with the experts fused.
+      mesh: to spread the model over: a `MeshConfig`, or a mesh whose axes are some of `jaxmoe.config.MESH_AXES`; each
+        device gets its part of every parameter, none the whole. None for one device.
       dtype: in which parameters are held and matrices multiplied, `float32` or `bfloat16`; the router computes in
         float32 either way.
 
@@ -128,23 +139,60 @@ def load_pretrained(path: epath.PathLike, *, mesh: None = None, dtype: str = "fl
         raise ConfigError(f"dtype={dtype!r}; choose one of {', '.join(map(repr, _DTYPE_CODES))}.")
     values = _read_config(folder)
     config = model_config_from(values, compute_dtype=dtype)
-    decoder = read_decoder(folder, values, config, dtype)
-    return PretrainedModel(decoder, Origin(str(folder), json.dumps(values)))
-
-
-def read_decoder(folder: epath.Path, values: Mapping[str, Any], config: ModelConfig, dtype: str) -> Decoder:
-    architecture = architecture_named(values["model_type"])
+    partitioning = _partitioning(mesh)
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    read = read_state(folder, config, state, dtype=dtype, partitioning=partitioning)
+    return PretrainedModel(nnx.merge(graph, read), Origin(str(folder), json.dumps(values)), partitioning)
+
+
+def read_state(
+    path: epath.PathLike,
+    config: ModelConfig,
+    state: nnx.State,
+    *,
+    dtype: str = "float32",
+    partitioning: Partitioning | None = None,
+) -> nnx.State:
+    """The parameters of a decoder, read from a folder of transformers.
+
+    Args:
+      path: of the folder.
+      config: of the decoder; of the shapes that config.json says.
+      state: of the decoder, arrays or shapes; its structure is kept.
+      dtype: of the parameters.
+      partitioning: where they go; None for one device.
+
+    Raises:
+      ConfigError: a tensor that is missing, left over or of another shape, or a file that is damaged.
+    """
+    folder = as_path(path)
+    architecture = architecture_named(_read_config(folder).get("model_type"))
     flat = nnx.to_flat_state(state)
-    wanted: dict[Path, jax.ShapeDtypeStruct] = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding) for path, leaf in flat
-    }
+    wanted: dict[Path, jax.ShapeDtypeStruct] = {}
+    for name, leaf in flat:
+        if partitioning is None:
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        else:
+            sharding = partitioning.sharding(leaf.get_metadata().get("logical_axes", ()), leaf.shape)
+        wanted[name] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
     with TensorFiles(folder) as files:
         fused = any(name.endswith(architecture.names.fused_gate_up) for name in files.tensors)
         parts = parts_of(config, architecture, fused_experts=fused)
         arrays = read_parameters(files, parts, wanted)
-    return nnx.merge(graph, nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in flat]))
+    return nnx.from_flat_state([(name, leaf.replace(arrays[name])) for name, leaf in flat])
+
+
+def _partitioning(mesh: Mesh | MeshConfig | None) -> Partitioning | None:
+    if mesh is None:
+        return None
+    if isinstance(mesh, MeshConfig):
+        return make_partitioning(mesh)
+    unknown = [axis for axis in mesh.axis_names if axis not in MESH_AXES]
+    if unknown:
+        raise ConfigError(f"mesh has the axes {', '.join(mesh.axis_names)}; choose of {', '.join(MESH_AXES)}.")
+    order = sorted(range(mesh.devices.ndim), key=lambda axis: MESH_AXES.index(mesh.axis_names[axis]))
+    shape = [mesh.shape.get(axis, 1) for axis in MESH_AXES]
+    return Partitioning(Mesh(mesh.devices.transpose(order).reshape(shape), MESH_AXES))
 
 
 def save_pretrained(
@@ -154,6 +202,7 @@ def save_pretrained(
     architecture: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model as a folder that transformers, 4 or 5, loads; one block of a tensor at a time.
 
@@ -166,6 +215,7 @@ def save_pretrained(
       architecture: its model_type; None: the one it was read as, or else the first that fits.
       dtype: of the tensors, `float32` or `bfloat16`; None: as the parameters are held, so that nothing is rounded.
       shard_bytes: of one file, at most; more files get an index.
+      settings: more keys for config.json, such as the ids of special tokens.
 
     Raises:
       ConfigError: transformers has no class for such a model, or not the one asked for.
@@ -193,7 +243,8 @@ def save_pretrained(
     write_tensors(folder, tensors, code, shard_bytes=shard_bytes)
     if origin is not None:
         copy_tokenizer_files(as_path(origin.folder), folder)
-    write_json(folder / CONFIG_FILE, config_values(decoder.config, fitting, dtype, original))
+    values = config_values(decoder.config, fitting, dtype, original)
+    write_json(folder / CONFIG_FILE, values | dict(settings or {}))
 
 
 def copy_tokenizer_files(source: epath.Path, target: epath.Path) -> list[str]:
