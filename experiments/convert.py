@@ -1,6 +1,6 @@
 """Exchanges models with Hugging Face transformers.
 
-    python -m experiments.convert import --checkpoint=OLMoE-1B-7B --config=experiments/configs/pretrained.py:OLMoE-1B-7B \\
+    python -m experiments.convert import --checkpoint=FOLDER --config=experiments/configs/pretrained.py:FOLDER \\
         --workdir=runs/continued
     python -m experiments.convert export --run=runs/quickstart/E8 --output=exported [--dtype=bfloat16]
 

@@ -20,7 +20,7 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     from jaxmoe.interop.huggingface import read_model_config
 
     if not folder:
-        raise ConfigError("pretrained.py needs the folder of a checkpoint: --config=experiments/configs/pretrained.py:FOLDER")
+        raise ConfigError("pretrained.py needs the folder of a checkpoint: --config=.../pretrained.py:FOLDER.")
     config = ml_collections.ConfigDict()
     config.study = {"name": "continued", "title": f"Going on from {folder}", "held_fixed": {}, "varies": ()}
     config.seeds = (0,)

@@ -12,6 +12,7 @@ from jaxmoe.config.data import (
     ReasoningSource,
     SourceConfig,
     TextSource,
+    TokensSource,
 )
 from jaxmoe.config.errors import ConfigError, nearest
 from jaxmoe.config.mesh import MESH_AXES, MESH_PRESETS, MeshConfig, check_mesh, parse_mesh
@@ -36,6 +37,7 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "TextSource",
+    "TokensSource",
     "TrainConfig",
     "check_mesh",
     "config_hash",

@@ -53,7 +53,7 @@ def model_config_from(values: Mapping[str, Any], *, compute_dtype: str = "float3
         width=width,
         num_layers=settings.need("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=settings.get("num_key_value_heads"),
+        num_kv_heads=None if settings.get("num_key_value_heads") == heads else settings.get("num_key_value_heads"),
         head_dim=None if head_dim is not None and head_dim * heads == width else head_dim,
         tie_embeddings=settings.get("tie_word_embeddings", default=False),
         rope_theta=_rope_theta(settings),
