@@ -215,7 +215,7 @@ class MoE(nnx.Module):
     def _on_mesh(
         self, partitioning: Partitioning, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None
     ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
-        """The routed part of `__call__` with tokens and experts divided among devices. What is returned does not depend on how."""
+        """The same with tokens and experts divided among devices. What is returned does not depend on how."""
         split = expert_parallel.TokenSplit.of(partitioning, x.shape[:-1])
         if mask is None and split.padding:
             mask = jnp.ones(x.shape[:-1], bool)
