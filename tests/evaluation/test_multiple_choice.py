@@ -72,7 +72,7 @@ def test_hellaswag_rows_are_asked_as_the_harness_does():
         "endings": [" starts [title] pulling. ", "is  ripping."], "label": "1",
     }  # fmt: skip
     assert hellaswag_question(row) == Question(
-        "Roof shingle removal: A man is sitting on a roof. He", ("starts.  pulling.", "is ripping."), 1
+        "Roof shingle removal: A man is sitting on a roof. He", ("starts. pulling.", "is ripping."), 1
     )
 
 

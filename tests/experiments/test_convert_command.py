@@ -1,12 +1,15 @@
 """The commands that exchange models: import, train on, export, and answer questions."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import convert, multiple_choice
+from experiments import multiple_choice
 from jaxmoe.config import ConfigError, ModelConfig, MoEConfig, RunConfig, from_dict, to_dict
 from jaxmoe.data.tokenizer_files import train_tokenizer
 from jaxmoe.evaluation import checkpoint_context
@@ -19,6 +22,9 @@ CONFIG = ModelConfig(
     vocab_size=320, width=16, num_layers=2, num_heads=2, max_sequence_length=64, init_std=0.1,
     moe=MoEConfig(num_experts=4, experts_per_token=2, expert_hidden=8),
 )  # fmt: skip
+
+
+TRAIN = {"steps": 2, "batch_size": 2, "sequence_length": 32, "warmup_steps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,7 @@ def run(checkpoint) -> RunConfig:
     config = pretrained.get_config(str(checkpoint))
     config.data.sources.documents.paths = (str(checkpoint / "corpus.txt"),)
     config.data.sources.documents.test_fraction = 0.0
-    config.train.update({"steps": 2, "batch_size": 2, "sequence_length": 32, "warmup_steps": 0})
+    config.train.update(TRAIN)
     config.evaluation.update({"points": 1, "generate": False})
     (member,) = Study.from_config_dict(config).members
     return member.config
@@ -50,15 +56,36 @@ def parameters(model) -> dict:
     return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
+def command(module: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
+        cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 def test_a_run_starts_from_a_checkpoint_trains_on_and_is_exported(checkpoint, run, tmp_path):
-    directory, cache = tmp_path / "run", tmp_path / "cache"
-    import_run(checkpoint, run, directory, cache_dir=cache)
+    directory, cache = tmp_path / "continued", tmp_path / "cache"
+    config = f"--config=experiments/configs/pretrained.py:{checkpoint}"
+    overrides = [
+        f"--config.data.sources.documents.paths=('{checkpoint}/corpus.txt',)",
+        "--config.data.sources.documents.test_fraction=0.0",
+        *(f"--config.train.{key}={value}" for key, value in TRAIN.items()),
+        "--config.evaluation.points=1",
+        "--config.evaluation.generate=false",
+    ]
+    ran = command("convert", "import", f"--checkpoint={checkpoint}", config, f"--workdir={tmp_path}", *overrides)
+    assert ran.returncode == 0, ran.stderr
+    assert f"{directory}: starts from {checkpoint}" in ran.stdout
+    assert "read 41 tensors" in ran.stderr
+    assert json.loads((directory / "config.json").read_text()) == json.loads(json.dumps(to_dict(run)))
     original = parameters(load_pretrained(checkpoint).decoder)
     context = checkpoint_context(run, directory, cache_dir=cache)
     assert context.step == 0
     for path, array in parameters(context.model()).items():
         np.testing.assert_array_equal(array, original[path], err_msg=str(path))
-    assert export_run(directory, tmp_path / "unchanged") == 0
+    ran = command("convert", "export", f"--run={directory}", f"--output={tmp_path}/unchanged")
+    assert ran.returncode == 0, ran.stderr
+    assert f"{tmp_path}/unchanged: MixtralForCausalLM, step 0 of {directory}, float32" in ran.stdout
     assert (tmp_path / "unchanged/model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 
     result = train(run, directory, cache_dir=cache)
@@ -109,17 +136,24 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         export_run(tmp_path, tmp_path / "out")
 
 
-def test_the_commands(checkpoint, tmp_path, monkeypatch, capsys):
-    """Each in a process would take ten seconds more; their mains are called as the processes would."""
+def test_mistakes_in_commands_are_one_line(checkpoint, tmp_path):
+    for arguments, message in (
+        (("exprt",), "Did you mean 'export'"),
+        (("export", f"--run={tmp_path}"), "export needs --run=WORKDIR/MEMBER and --output=FOLDER"),
+    ):
+        ran = command("convert", *arguments)
+        assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1), ran.stderr
+        assert message in ran.stderr
+
+
+def test_questions_of_either_form_are_read_and_answered(checkpoint, tmp_path):
     questions = tmp_path / "questions.jsonl"
     row = {"context": "the quick", "choices": ["brown fox", "lazy"], "answer": 0}
-    questions.write_text("\n".join([json.dumps(row)] * 3))
-    assert [question.answer for question in multiple_choice.read_questions(str(questions), 2)] == [0, 0]
+    hellaswag = {"activity_label": "A", "ctx_a": "the", "ctx_b": "quick", "endings": ["brown", "lazy"], "label": 1}
+    questions.write_text("\n".join(map(json.dumps, [row, hellaswag, row])))
+    ran = command("multiple_choice", f"--checkpoint={checkpoint}", f"--questions={questions}", "--limit=2", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["questions"] == 2
     questions.write_text(json.dumps(row) + '\n{"context": "x"}')
     with pytest.raises(ConfigError, match="questions.jsonl, line 2: not a question"):
         multiple_choice.read_questions(str(questions), None)
-    monkeypatch.setattr("sys.argv", ["convert", "exprt"])
-    with pytest.raises(SystemExit) as ended:
-        convert.main()
-    assert ended.value.code == 2
-    assert "Did you mean 'export'" in capsys.readouterr().err
