@@ -97,13 +97,7 @@ class TensorFiles:
         Raises:
           TensorFileError: the tensor is of a dtype that is not read, or the file ends before it does.
         """
-        tensor = self.tensors[name]
-        if tensor.dtype not in DTYPES:
-            raise TensorFileError(
-                f"{tensor.path}: {name} is {tensor.dtype}; tensors of {', '.join(DTYPES)} are read. (Quantized "
-                "checkpoints have to be dequantized first.)"
-            )
-        dtype = DTYPES[tensor.dtype]
+        tensor, dtype = self.tensors[name], self._dtype(name)
         per_row = math.prod(tensor.shape) // rows
         content = np.empty((stop - start, per_row), dtype)
         if self._open is None or self._open[0] != tensor.path:
@@ -119,6 +113,23 @@ class TensorFiles:
             unread = unread[count:]
         self.bytes_read += content.nbytes
         return content
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of one number of a tensor.
+
+        Raises:
+          TensorFileError: the tensor is of a dtype that is not read.
+        """
+        return self._dtype(name).itemsize
+
+    def _dtype(self, name: str) -> np.dtype:
+        tensor = self.tensors[name]
+        if tensor.dtype not in DTYPES:
+            raise TensorFileError(
+                f"{tensor.path}: {name} is {tensor.dtype}; tensors of {', '.join(DTYPES)} are read. (Quantized "
+                "checkpoints have to be dequantized first.)"
+            )
+        return DTYPES[tensor.dtype]
 
     def close(self) -> None:
         """Closes the file that was last read from."""

@@ -218,7 +218,8 @@ def save_pretrained(
       settings: more keys for config.json, such as the ids of special tokens.
 
     Raises:
-      ConfigError: transformers has no class for such a model, or not the one asked for.
+      ConfigError: transformers has no class for such a model, or not the one asked for; or other processes hold
+        parts of the model.
     """
     origin = model.origin if isinstance(model, PretrainedModel) else None
     decoder = model.decoder if isinstance(model, PretrainedModel) else model
@@ -228,6 +229,8 @@ def save_pretrained(
     fitting = fitting_architecture(decoder.config, architecture)
     flat = dict(nnx.to_flat_state(nnx.state(decoder)))
     arrays = {path: leaf[...] for path, leaf in flat.items()}
+    if not all(array.is_fully_addressable for array in arrays.values()):
+        raise ConfigError("save_pretrained writes from one process, and parts of this model are held by others.")
     dtype = dtype_name(arrays[("embedding", "table")].dtype if dtype is None else dtype)
     if dtype not in _DTYPE_CODES:
         raise ConfigError(f"dtype={dtype!r}; choose one of {', '.join(map(repr, _DTYPE_CODES))}.")

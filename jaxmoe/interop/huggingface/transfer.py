@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,12 +17,12 @@ from jaxtyping import Array
 
 from jaxmoe.config import ConfigError
 from jaxmoe.interop.huggingface.layout import Part, Path, block_rows
-from jaxmoe.interop.safetensors_files import DTYPES, TensorFiles
+from jaxmoe.interop.safetensors_files import TensorFiles
 
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 * 2**20
-"""Of a tensor that is read or written at a time; a quarter of it and more are under way at once."""
+"""What is read or written of a tensor at a time."""
 _BLOCKS_UNDER_WAY = 2
 _SHOWN_NAMES = 20
 
@@ -102,8 +101,7 @@ def _read_parameter(files: TensorFiles, parts: Sequence[Part], target: jax.Shape
     pieces = _empty_pieces(target)
     under_way: collections.deque[list[jax.Array]] = collections.deque()
     for part in parts:
-        itemsize = DTYPES[files.tensors[part.tensor].dtype].itemsize if part.tensor in files.tensors else 4
-        for start, stop in block_rows(part, itemsize, BLOCK_BYTES):
+        for start, stop in block_rows(part, files.itemsize(part.tensor), BLOCK_BYTES):
             block = part.block(start, stop)
             concerned = [(piece, common) for piece in pieces if (common := _overlap(block, piece.box)) is not None]
             if not concerned:
@@ -201,8 +199,3 @@ def _cut(shard: Array, begin: Array, sizes: tuple[int, ...], axes: tuple[int, ..
     box = jax.lax.dynamic_slice(shard, list(begin), sizes)
     left = [axis for axis in range(box.ndim) if axis not in axes]  # of size one
     return box.transpose(*left, *axes).reshape([sizes[axis] for axis in axes]).astype(dtype)
-
-
-def held_bytes(shape: Sequence[int], dtype: Any) -> int:
-    """Bytes of an array."""
-    return math.prod(shape) * np.dtype(dtype).itemsize
