@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import RouterStatistics
 from jaxmoe.models import Decoder, dropless
+from jaxmoe.training.watchdog import beat
 
 ELEMENTS = 1 << 25
 """Rows are taken together only as far as attention scores and logits stay under this many numbers (128 MiB)."""
@@ -103,5 +104,6 @@ def _divisor_at_least(number: int, least: int) -> int:
 def batches_of(count: int, rows: int) -> Iterator[tuple[np.ndarray, int]]:
     """0..count-1 in groups of exactly `rows`: indices, and how many of them count. The last group repeats item 0."""
     for start in range(0, count, rows):
+        beat()
         present = min(rows, count - start)
         yield np.concatenate([np.arange(start, start + present), np.zeros(rows - present, np.int64)]), present

@@ -34,6 +34,7 @@ from jaxmoe.training import (
     ProgressReporter,
     StopRequest,
     TrainingError,
+    Watchdog,
     train,
 )
 
@@ -95,6 +96,7 @@ def run_study(
     resume: Resume = "auto",
     progress: ProgressReporter | None = None,
     command: str | None = None,
+    stop: StopRequest | None = None,
 ) -> StudyResult:
     """Trains and evaluates the members of a study, one after the other. Called again, it goes on.
 
@@ -106,6 +108,7 @@ def run_study(
         member stays what it was trained as: it may be evaluated otherwise, or trained for more steps.
       progress: to report to; None makes one that writes to stderr.
       command: how a person would start this, for `study.json`.
+      stop: asks to stop; None: SIGTERM and SIGINT do, while this call lasts.
 
     Returns:
       How each member ended. A member that fails does not keep the others from being trained; a full disk does.
@@ -116,7 +119,7 @@ def run_study(
     """
     workdir = as_path(workdir)
     members = study.members if only is None else (study.member(only),)
-    with StopRequest() as stop:
+    with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
         return _run_members(study, members, workdir, resume, progress, command, stop)
 
 
@@ -209,7 +212,9 @@ def run_member(
             return MemberResult(member.name, "resumable", result.step, result.loss)
         context = checkpoint_context(member.config, directory, cache_dir=cache_dir)
         if context is not None:
-            evaluate(context)
+            limit = member.config.train.watchdog_minutes
+            with Watchdog(directory, limit) as watchdog, watchdog.patient(f"evaluating step {result.step}"):
+                evaluate(context)
     done = {
         "member": member.name,
         "step": result.step,

@@ -6,6 +6,7 @@ from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window
 from jaxmoe.training.errors import (
     CheckpointError,
     EvaluationStopped,
+    LossSpikeError,
     NonFiniteLossError,
     NoSpaceLeftError,
     TrainingError,
@@ -20,6 +21,7 @@ from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.start import read_parameters, state_with_parameters, write_start
 from jaxmoe.training.state import TrainState, abstract_state, init_state
 from jaxmoe.training.step import make_train_step
+from jaxmoe.training.watchdog import Watchdog
 from jaxmoe.training.workdir import CONFIG_FILE, DONE_FILE, check_directory, claim_directory
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Checkpoints",
     "EvaluationContext",
     "EvaluationStopped",
+    "LossSpikeError",
     "NoSpaceLeftError",
     "NonFiniteLossError",
     "ProgressReporter",
@@ -40,6 +43,7 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "TrainingError",
+    "Watchdog",
     "abstract_state",
     "averaging_window",
     "check_directory",

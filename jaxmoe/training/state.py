@@ -20,6 +20,7 @@ from jaxmoe.config import ModelConfig, RunConfig, TrainConfig
 from jaxmoe.models import Decoder
 from jaxmoe.sharding import Partitioning, use_partitioning
 from jaxmoe.training.optimizer import make_optimizer
+from jaxmoe.training.spikes import SpikeHistory
 
 
 @jax.tree_util.register_dataclass
@@ -66,9 +67,11 @@ class TrainState:
       others: every other variable of the model.
       opt_state: of `make_optimizer`.
       key: base key of the run; whatever is random in a step folds the step into it.
-      skipped: steps so far whose loss or gradient was not finite, and that changed nothing.
+      skipped: steps so far that changed nothing, because their loss or gradient was not finite or, with
+        `spike_action` `skip`, their loss a spike.
       skipped_in_a_row: how many of them just now, one after the other.
       recent: sums for the next evaluation.
+      spikes: what the next loss is compared with; None in a run that does not look for spikes.
     """
 
     step: Int[Array, ""]
@@ -79,6 +82,7 @@ class TrainState:
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
     recent: RecentSums
+    spikes: SpikeHistory | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -101,6 +105,7 @@ def initial_state(model: ModelConfig, train: TrainConfig, num_sources: int, key:
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
         recent=RecentSums.zeros(model, num_sources),
+        spikes=SpikeHistory.empty(train),
     )
 
 
@@ -183,6 +188,10 @@ def init_state(run: RunConfig, partitioning: Partitioning | None = None) -> tupl
 
 def relevant_to_step(config: TrainConfig) -> TrainConfig:
     """`config` with everything at its default that the computation of a step does not depend on."""
+    if config.spike_action == "off":
+        config = dataclasses.replace(config, spike_window=100, spike_factor=10.0)
+    elif config.spike_action == "stop":
+        config = dataclasses.replace(config, spike_action="skip")  # whether the run goes on is the loop's affair
     return dataclasses.replace(
-        config, log_every=10, checkpoint_every=None, keep_checkpoints=2, max_nonfinite_steps=20
+        config, log_every=10, checkpoint_every=None, keep_checkpoints=2, max_nonfinite_steps=20, watchdog_minutes=20.0
     )

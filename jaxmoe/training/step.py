@@ -23,6 +23,7 @@ from jaxmoe.models import Decoder, language_model_loss
 from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use, use_partitioning
 from jaxmoe.training.optimizer import make_optimizer
 from jaxmoe.training.schedule import learning_rate_schedule
+from jaxmoe.training.spikes import find_spike
 from jaxmoe.training.state import RecentSums, TrainState, abstract_shardings, model_graph, relevant_to_step
 
 Batch = Mapping[str, Any]
@@ -112,8 +113,10 @@ def make_train_step(
     * `grad_norm` before clipping, `param_norm` after the update, `learning_rate` of the update.
     * those of `jaxmoe.layers.load_metrics` if a layer routes.
     * `tokens`: predicted positions without padding; `skipped` and `skipped_in_a_row`, as in `TrainState`.
+    * those of `jaxmoe.training.spikes.find_spike` if the run looks for spikes.
 
-    A step whose total loss or gradient norm is not finite changes nothing but the counters.
+    A step whose total loss or gradient norm is not finite changes nothing but the counters; nor does a loss spike
+    where `spike_action` is `skip` or `stop`.
 
     Args:
       model: of the run.
@@ -148,26 +151,30 @@ def _compiled_step(
         batch = {key: batch[key] for key in _BATCH_KEYS}
         gradient, (sums, losses) = jax.grad(objective, has_aux=True)(state.params, state.others, batch)
         grad_norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(losses["total_loss"]) & jnp.isfinite(grad_norm)
+        accept = jnp.isfinite(losses["total_loss"]) & jnp.isfinite(grad_norm)
+        spikes, leave_out, spike_metrics = find_spike(state.spikes, losses["loss"], train)
+        if leave_out is not None:
+            accept &= ~leave_out
         with jax.named_scope("update"):
             number = state.step + 1
             updates, opt_state = optimizer.update(
-                gradient, state.opt_state, state.params, step=number, accept=finite
+                gradient, state.opt_state, state.params, step=number, accept=accept
             )
             params = optax.apply_updates(state.params, updates)
 
-        def keep_unless_finite(new, old):
-            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        def keep_unless_accepted(new, old):
+            return jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
 
-        bad = 1 - finite.astype(jnp.int32)
+        bad = 1 - accept.astype(jnp.int32)
         following = dataclasses.replace(
             state,
             step=number,
-            params=keep_unless_finite(params, state.params),
+            params=keep_unless_accepted(params, state.params),
             opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
-            recent=keep_unless_finite(_add_recent(state.recent, sums), state.recent),
+            recent=keep_unless_accepted(_add_recent(state.recent, sums), state.recent),
+            spikes=spikes,
         )
         metrics = {
             **losses,
@@ -179,6 +186,7 @@ def _compiled_step(
             "tokens": sums.tokens,
             "skipped": following.skipped,
             "skipped_in_a_row": following.skipped_in_a_row,
+            **spike_metrics,
         }
         return following, metrics
 
