@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments.flags import run_with_config
 from experiments.terminal import log_to_terminal
-from jaxmoe.config import ConfigError, nearest
+from jaxmoe.config import ConfigError
 
 if TYPE_CHECKING:
     from jaxmoe.scaling.study import Member
@@ -43,11 +43,9 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     study = Study.from_config_dict(config)
     _refuse_overrides_without_effect(config, overridden)
     study.check()
-    if _MEMBER.value is not None and _MEMBER.value not in {member.name for member in study.members}:
-        names = [member.name for member in study.members]
-        raise ConfigError(f"--member={_MEMBER.value}: no such member.{nearest(_MEMBER.value, names)}")
+    only = None if _MEMBER.value is None else study.member(_MEMBER.value).name
     if _DRY_RUN.value:
-        members = [member for member in study.members if _MEMBER.value in (None, member.name)]
+        members = [member for member in study.members if only in (None, member.name)]
         _check_vocabularies(members)
         print(json.dumps([member.summary() for member in members], indent=2) if _JSON.value else study.describe())
         return 0
@@ -61,7 +59,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     workdir = _WORKDIR.value or f"runs/{study.name}"
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
     with reuse_freed_memory():  # before JAX starts its threads
-        outcome = run_study(study, workdir, only=_MEMBER.value, resume=_RESUME.value, command=command)
+        outcome = run_study(study, workdir, only=only, resume=_RESUME.value, command=command)
     if outcome.status == "resumable":
         print(f"stopped by a signal; nothing is lost. Run the same command again to go on ({workdir}).")
         return RESUMABLE

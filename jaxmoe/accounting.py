@@ -226,13 +226,27 @@ def rounded_count(parameters: int) -> str:
     return f"{parameters / 1e6:.1f}M" if parameters >= 999_500 else f"{round(parameters / 1e3)}K"
 
 
+def readable_bytes(count: int) -> str:
+    """A size for people: three digits and a decimal unit ("1.28 GB")."""
+    value: float = count
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
 def member_name(config: ModelConfig) -> str:
-    """Name after the study's rule, `d512-E8-k2-320M-A170M`; `d512-dense-170M` without routed layers."""
+    """Name after the study's rule, `d512-E8-k2-320M-A170M`; `d512-dense-170M` without routed layers.
+
+    The active parameters in the name leave out the router: with it, three of the published names would be others
+    (d1024-E256-k2 is called A470M, and has 476.6M active parameters of which 4.2M are the router's).
+    """
     count = parameter_count(config)
     if config.num_moe_layers == 0:
         return f"d{config.width}-dense-{rounded_count(count.total)}"
     moe = config.moe
     return (
         f"d{config.width}-E{moe.num_experts}-k{moe.experts_per_token}"
-        f"-{rounded_count(count.total)}-A{rounded_count(count.active)}"
+        f"-{rounded_count(count.total)}-A{rounded_count(count.active - count.active_components['router'])}"
     )

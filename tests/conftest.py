@@ -4,6 +4,7 @@ import os
 import pathlib
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +31,23 @@ def shared_data() -> Callable[[str], pathlib.Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def run_on_devices() -> Callable[..., None]:
+    """Runs the tests of a file, named so that they are not collected otherwise, in a process with several devices."""
+
+    def run(path: pathlib.Path, *arguments: str, devices: int = 8) -> None:
+        # Compiling takes longer than running here; the numbers are those of any other optimization level.
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), *arguments]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTEST_ADDOPTS": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            told = f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
+            pytest.fail(f"{path.name} on {devices} devices:\n{told}", pytrace=False)
+
+    return run
 
 
 @pytest.fixture(scope="session")

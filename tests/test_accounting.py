@@ -130,6 +130,26 @@ def test_the_whole_published_grid():
     assert (round(max(ratios)), round(min(ratios), 1)) == (390, 2.4)
 
 
+PUBLISHED_NAMES = """
+    d1024-E128-k4-13.2B-A670M d1024-E128-k8-13.2B-A1.1B d1024-E16-k4-1.9B-A670M d1024-E256-k2-26.0B-A470M
+    d1024-E256-k4-26.0B-A670M d1024-E32-k16-3.5B-A1.9B d1024-E32-k8-3.5B-A1.1B d1024-E64-k16-6.7B-A1.9B
+    d1024-E64-k2-6.7B-A470M d1024-E8-k2-1.1B-A470M d2048-E128-k2-52.2B-A1.5B d2048-E128-k4-52.2B-A2.3B
+    d2048-E128-k8-52.2B-A3.9B d2048-E16-k16-7.1B-A7.1B d2048-E16-k4-7.1B-A2.3B d2048-E32-k16-13.6B-A7.1B
+    d2048-E32-k8-13.6B-A3.9B d2048-E64-k16-26.4B-A7.1B d2048-E64-k4-26.4B-A2.3B d2048-E64-k8-26.4B-A3.9B
+    d2048-E8-k2-3.9B-A1.5B d512-E128-k16-3.3B-A520M d512-E128-k2-3.3B-A170M d512-E128-k4-3.3B-A220M
+    d512-E128-k8-3.3B-A320M d512-E16-k4-520M-A220M d512-E256-k16-6.6B-A520M d512-E256-k2-6.6B-A170M
+    d512-E32-k16-920M-A520M d512-E32-k2-920M-A170M d512-E32-k4-920M-A220M d512-E32-k8-920M-A320M
+    d512-E64-k16-1.7B-A520M d512-E64-k2-1.7B-A170M d512-E64-k8-1.7B-A320M d512-E8-k4-320M-A220M
+"""
+"""Of the authors' launch scripts."""
+
+
+def test_names_are_the_published_ones():
+    for name in PUBLISHED_NAMES.split():
+        width, experts, k = (int(part[1:]) for part in name.split("-")[:3])
+        assert member_name(study_member(width, experts, k)) == name
+
+
 def test_approximate_flops_of_the_study():
     assert approximate_training_flops(study_member(512, 8, 2), 125_000_000_000) == pytest.approx(1.27e20, rel=0.01)
     assert approximate_training_flops(study_member(2048, 32, 16), 125_000_000_000) == pytest.approx(5.34e21, rel=0.01)

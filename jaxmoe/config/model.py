@@ -34,6 +34,11 @@ class MoEConfig:
         `mean` averages them.
       capacity_factor: None is dropless. A number c gives each expert room for ceil(c·T·K/E) rows, T the tokens
         of the batch, padding included; what does not fit, later tokens first, is dropped and counted.
+      expert_buffer_factor: where experts are divided among P devices, a device has room for this many times the
+        T·K rows that come to it on average, T the tokens of one device. What finds no room, rows of later devices
+        first, is not computed and counted as `overflow_fraction`. None is room for all that could come,
+        P·T·min(K, E/P) rows, and is exact.
+      strict_buffer: a training step in which a row found no room ends the run with an error.
       backend: of `pallas_kernels`; `auto` picks by platform, once, and says which.
     """
 
@@ -48,6 +53,8 @@ class MoEConfig:
     router_z_coefficient: float = 1e-3
     auxiliary_reduction: Literal["sum", "mean"] = "sum"
     capacity_factor: float | None = None
+    expert_buffer_factor: float | None = None
+    strict_buffer: bool = False
     backend: Literal["auto", "reference", "cpu", "tpu", "gpu", "ragged_dot"] = "auto"
 
     def __post_init__(self):
@@ -64,6 +71,12 @@ class MoEConfig:
             require(
                 self.capacity_factor > 0,
                 f"capacity_factor={self.capacity_factor}; it must be positive, or None for dropless routing.",
+            )
+        if self.expert_buffer_factor is not None:
+            require(
+                self.expert_buffer_factor > 0,
+                f"expert_buffer_factor={self.expert_buffer_factor}; it must be positive, or None for room for all rows "
+                "that could come.",
             )
 
 
@@ -93,6 +106,8 @@ class ModelConfig:
         (Megatron's default, the paper's), `same` does not.
       max_sequence_length: longest sequence that may be trained or generated.
       compute_dtype: of activations and matmuls; parameters are always float32.
+      attention: how sequences attend without a cache. `xla`: blocks of plain XLA; `splash`: JAX's TPU kernel;
+        `cudnn`, `triton`: cuDNN and Pallas' kernel on GPU; `auto` picks by platform and shape, and says which.
       remat: what the backward pass recomputes: `none`, `full` (each layer) or `dots` (all but matmuls).
     """
 
@@ -115,6 +130,7 @@ class ModelConfig:
     residual_init: Literal["scaled", "same"] = "scaled"
     max_sequence_length: int = 4096
     compute_dtype: DType = "float32"
+    attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):

@@ -11,7 +11,9 @@ from typing import Literal
 
 from jaxmoe.config.data import DataConfig
 from jaxmoe.config.errors import require, require_non_negative, require_positive
+from jaxmoe.config.mesh import MeshConfig
 from jaxmoe.config.model import ModelConfig
+from jaxmoe.config.values import NOT_IDENTITY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,7 @@ class RunConfig:
     Attributes:
       name: of the member; its folder in the study's.
       seed: of initialization, data and order.
+      mesh: the devices. It is no part of `config_hash`: a run may go on on another mesh.
     """
 
     name: str
@@ -135,6 +138,7 @@ class RunConfig:
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = 0
+    mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=NOT_IDENTITY)
 
     def __post_init__(self):
         require_non_negative(self, "seed")

@@ -25,7 +25,8 @@ from jaxmoe.data.layouts import Batch
 from jaxmoe.data.source import Source
 from jaxmoe.data.tokenizers import Tokenizer, load_tokenizer, require_vocabulary
 
-LONGEST_PERIOD = 1 << 16
+LONGEST_PERIOD = 1 << 20
+"""Rows after which a mixture's pattern repeats, at most: the paper's smallest source is 9 rows of a million."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Pattern:
         ordinal = np.arange(self.period) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         due = (ordinal + 0.5) / self.counts[source]
         order = np.lexsort((source, due))
-        self._source, self._ordinal = source[order], ordinal[order]
+        self._source, self._ordinal = source[order].astype(np.int32), ordinal[order].astype(np.int32)
 
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source of each row, and the row's number within its source."""
@@ -162,6 +163,19 @@ class Mixture:
             if source.config.weight > 0 and source.rows_per_epoch == 0:
                 raise ConfigError(f"source {source.name!r} has weight={source.config.weight} but no training rows.")
         self._pattern = Pattern([source.config.weight for source in self.sources])
+        self._check_repeats()
+
+    def _check_repeats(self) -> None:
+        """Refuses a run that needs more of a source than there is, where the source must not be repeated."""
+        rows = self._pattern.rows_before(self.steps * self.batch_size)
+        for source, needed in zip(self.sources, rows.tolist(), strict=True):
+            if getattr(source.config, "allow_repeat", True) or needed <= source.rows_per_epoch:
+                continue
+            raise ConfigError(
+                f"source {source.name!r}: the run takes {needed * self.sequence_length:,} tokens of it, and it has "
+                f"{source.tokens_per_epoch:,}: {needed / source.rows_per_epoch:.2f} epochs. Set allow_repeat=True, "
+                "tokenize more, or lower its weight or train.steps."
+            )
 
     @classmethod
     def of_run(

@@ -5,6 +5,7 @@ T tokens, D width, E experts, K experts per token, F hidden width of one expert,
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,10 +16,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 import pallas_kernels
-from jaxmoe.config import ConfigError, ModelConfig, MoEConfig, from_dict
+from jaxmoe.config import MESH_AXES, ConfigError, ModelConfig, MoEConfig, from_dict
+from jaxmoe.layers import expert_parallel
 from jaxmoe.layers.parameters import dtype_name, normal_parameter, residual_output_std
 from jaxmoe.layers.router import Router, Routing
 from jaxmoe.layers.statistics import RouterStatistics
+from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use
 
 
 class MoE(nnx.Module):
@@ -31,7 +34,8 @@ class MoE(nnx.Module):
       num_experts: E.
       experts_per_token: K, at most E.
       expert_hidden: F.
-      score_order, renormalize, router_dtype, capacity_factor, backend: as in `jaxmoe.config.MoEConfig`.
+      score_order, renormalize, router_dtype, capacity_factor, expert_buffer_factor, backend: as in
+        `jaxmoe.config.MoEConfig`.
       init_std: of the router, gate and up weights.
       output_init_std: of the down weights; None for init_std.
       compute_dtype: of the experts' matrix products.
@@ -52,6 +56,7 @@ class MoE(nnx.Module):
         renormalize: bool = True,
         router_dtype: DTypeLike = "float32",
         capacity_factor: float | None = None,
+        expert_buffer_factor: float | None = None,
         backend: str = "auto",
         init_std: float = 0.02,
         output_init_std: float | None = None,
@@ -65,11 +70,13 @@ class MoE(nnx.Module):
             "renormalize": renormalize,
             "router_dtype": dtype_name(router_dtype),
         }
-        checked = from_dict(
-            MoEConfig,
-            routing | {"expert_hidden": expert_hidden, "capacity_factor": capacity_factor, "backend": backend},
-            "MoE",
-        )
+        others = {
+            "expert_hidden": expert_hidden,
+            "capacity_factor": capacity_factor,
+            "expert_buffer_factor": expert_buffer_factor,
+            "backend": backend,
+        }
+        checked = from_dict(MoEConfig, routing | others, "MoE")
         if checked.num_experts == 0:
             raise ConfigError("MoE: num_experts=0; a layer without experts is jaxmoe.layers.DenseMLP.")
         if width <= 0:
@@ -84,11 +91,17 @@ class MoE(nnx.Module):
         self.num_experts = checked.num_experts
         self.experts_per_token = checked.experts_per_token
         self.capacity_factor = checked.capacity_factor
+        self.expert_buffer_factor = checked.expert_buffer_factor
         self.compute_dtype = compute_dtype
         self.router = Router(width, **{name: getattr(checked, name) for name in routing}, init_std=init_std, rngs=rngs)
-        self.gate_up = normal_parameter(rngs, (num_experts, width, 2 * expert_hidden), init_std)
+        self.gate_up = normal_parameter(
+            rngs, (num_experts, width, 2 * expert_hidden), init_std, axes=("experts", "expert_width", None)
+        )
         self.down = normal_parameter(
-            rngs, (num_experts, expert_hidden, width), init_std if output_init_std is None else output_init_std
+            rngs,
+            (num_experts, expert_hidden, width),
+            init_std if output_init_std is None else output_init_std,
+            axes=("experts", None, "expert_width"),
         )
 
     @classmethod
@@ -106,6 +119,7 @@ class MoE(nnx.Module):
             renormalize=moe.renormalize,
             router_dtype=moe.router_dtype,
             capacity_factor=moe.capacity_factor,
+            expert_buffer_factor=moe.expert_buffer_factor,
             backend=moe.backend,
             init_std=config.init_std,
             output_init_std=residual_output_std(config),
@@ -146,6 +160,9 @@ class MoE(nnx.Module):
         """
         if x.shape[-1] != self.width:
             raise ConfigError(f"MoE: x has width {x.shape[-1]} but the layer has width={self.width}.")
+        partitioning = partitioning_in_use()
+        if partitioning is not None:
+            return self._on_mesh(partitioning, x, mask)
         tokens = x.reshape(-1, x.shape[-1])
         keep = None if mask is None else mask.reshape(-1)
         with jax.named_scope("router"):
@@ -167,6 +184,58 @@ class MoE(nnx.Module):
             )
         return y.reshape(x.shape), statistics
 
+    def _on_mesh(
+        self, partitioning: Partitioning, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None
+    ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
+        """`__call__` with tokens and experts divided among devices. What is returned does not depend on how."""
+        split = expert_parallel.TokenSplit.of(partitioning, x.shape[:-1])
+        if mask is None and split.padding:
+            mask = jnp.ones(x.shape[:-1], bool)
+        axes = expert_parallel.expert_axes(partitioning, self.num_experts)
+        capacity = self.capacity(math.prod(x.shape[:-1]))
+        names = {"gate_up": ("experts", "expert_width", None), "down": ("experts", None, "expert_width")}
+        # Narrow before they are gathered, each device its part.
+        weights = {
+            name: constrain(getattr(self, name)[...].astype(self.compute_dtype), *names[name]) for name in names
+        }
+        weight_specs = {name: partitioning.spec(names[name], weights[name].shape) for name in names}
+        router_definition, router_state = nnx.split(self.router)
+
+        def on_device(x, keep, router_state, weights):
+            tokens = x.reshape(-1, self.width)
+            keep = None if keep is None else keep.reshape(-1)
+            with jax.named_scope("router"):
+                routing = nnx.merge(router_definition, router_state)(tokens)
+            with jax.named_scope("plan"):
+                expert_index, dropped = routing.expert_index, jnp.zeros((), jnp.float32)
+                plan = pallas_kernels.make_plan(expert_index, self.num_experts, mask=keep)
+                statistics = self._statistics(routing, plan, keep)
+                if capacity is not None:
+                    expert_index, dropped = expert_parallel.within_capacity(plan, capacity, split, x.shape[0])
+                    plan = pallas_kernels.make_plan(expert_index, self.num_experts)
+            with jax.named_scope("routed_mlp"):
+                y, overflowed = expert_parallel.routed_mlp(
+                    tokens.astype(self.compute_dtype),
+                    expert_index,
+                    routing.gate,
+                    plan,
+                    *(expert_parallel.whole_experts(weights[name], weight_specs[name]) for name in names),
+                    axes=axes,
+                    buffer_factor=self.expert_buffer_factor,
+                    backend=self.backend,
+                )
+            statistics = dataclasses.replace(statistics, dropped=dropped, overflowed=overflowed)
+            return y.reshape(x.shape), jax.lax.psum(statistics, MESH_AXES)
+
+        y, statistics = jax.shard_map(
+            on_device,
+            mesh=partitioning.mesh,
+            in_specs=(split.spec, split.spec, jax.P(), weight_specs),
+            out_specs=(split.spec, jax.P()),
+            check_vma=False,
+        )(split.cut(x), None if mask is None else split.cut(mask), router_state, weights)
+        return split.joined(y), statistics
+
     def _statistics(
         self, routing: Routing, plan: pallas_kernels.Plan, keep: Bool[Array, " T"] | None
     ) -> RouterStatistics:
@@ -183,4 +252,5 @@ class MoE(nnx.Module):
             z_sum=jnp.sum(weight * jnp.square(routing.log_normalizer)),
             token_count=weight.sum(),
             dropped=plan.dropped.astype(jnp.float32),
+            overflowed=jnp.zeros((), jnp.float32),
         )

@@ -116,7 +116,7 @@ class Router(nnx.Module):
                 "renormalize=False to let it learn from the task.",
                 stacklevel=_caller(),
             )
-        self.weight = normal_parameter(rngs, (width, num_experts), init_std)
+        self.weight = normal_parameter(rngs, (width, num_experts), init_std, axes=("width", None))
 
     def __call__(self, x: Float[Array, "T D"]) -> Routing:
         """Scores and chooses. Logits are in router_dtype; softmax and logsumexp of them in float32."""

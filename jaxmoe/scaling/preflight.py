@@ -12,6 +12,7 @@ from typing import Any, Literal
 from etils import epath
 
 from jaxmoe import accounting
+from jaxmoe.accounting import readable_bytes
 from jaxmoe.config import ConfigError, config_hash, to_dict
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
 from jaxmoe.scaling.study import HEADLINE_SLICE, Member, Study
@@ -181,8 +182,9 @@ def _check_space(workdir: epath.Path, members: Sequence[Member]) -> None:
     free = shutil.disk_usage(workdir).free
     if needed > free:
         raise ConfigError(
-            f"no space left for the checkpoints of {len(members)} members: about {_size(needed)} are needed in "
-            f"{workdir}, {_size(free)} are free. Free space, take another folder, or lower train.keep_checkpoints."
+            f"no space left for the checkpoints of {len(members)} members: about {readable_bytes(needed)} are needed "
+            f"in {workdir}, {readable_bytes(free)} are free. Free space, take another folder, or lower "
+            "train.keep_checkpoints."
         )
 
 
@@ -190,15 +192,6 @@ def _checkpoints_in(directory: epath.Path) -> int:
     """How many complete checkpoints a member's folder holds."""
     folder = directory / CHECKPOINT_DIRECTORY
     return sum(path.name.isdigit() for path in folder.iterdir()) if folder.exists() else 0
-
-
-def _size(count: int) -> str:
-    value: float = count
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
 
 
 def study_file_contents(study: Study, workdir: epath.Path, command: str | None = None) -> dict[str, Any]:

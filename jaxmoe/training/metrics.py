@@ -25,7 +25,7 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 
 _ORDER = (
     "loss", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
-    "dropped_fraction", "load_max_over_mean", "load_cv",
+    "dropped_fraction", "overflow_fraction", "load_max_over_mean", "load_cv",
 )  # fmt: skip
 _COUNTS = ("dead_experts", "tokens", "skipped")
 

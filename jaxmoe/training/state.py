@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxmoe.config import ModelConfig, RunConfig, TrainConfig
 from jaxmoe.models import Decoder
+from jaxmoe.sharding import Partitioning, use_partitioning
 from jaxmoe.training.optimizer import make_optimizer
 
 
@@ -103,21 +104,78 @@ def initial_state(model: ModelConfig, train: TrainConfig, num_sources: int, key:
     )
 
 
+def state_shardings(state: TrainState, partitioning: Partitioning) -> TrainState:
+    """Where every array of a state goes: parameters by their axes, moments as their parameters, the rest everywhere.
+
+    Args:
+      state: of arrays, or of their shapes and dtypes.
+      partitioning: the mesh.
+
+    Returns:
+      The same structure, of `NamedSharding`s.
+    """
+
+    def placed(leaf: Any) -> Any:
+        axes = leaf.get_metadata().get("logical_axes", ()) if isinstance(leaf, nnx.Variable) else ()
+        return jax.tree.map(lambda array: partitioning.sharding(axes, array.shape), leaf)
+
+    return jax.tree.map(placed, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def abstract_state(run: RunConfig, partitioning: Partitioning | None = None) -> TrainState:
+    """The state of a run as shapes, dtypes and, on a mesh, shardings. Nothing is allocated."""
+    return _abstract_state(run.model, relevant_to_step(run.train), len(run.data.sources), partitioning)
+
+
+def abstract_shardings(
+    model: ModelConfig, train: TrainConfig, num_sources: int, partitioning: Partitioning
+) -> TrainState:
+    """`state_shardings` of a run's state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, _abstract_state(model, train, num_sources, partitioning))
+
+
 @functools.lru_cache(maxsize=16)
-def _initializer(model: ModelConfig, train: TrainConfig, num_sources: int) -> Callable[[Key[Array, ""]], TrainState]:
+def _abstract_state(
+    model: ModelConfig, train: TrainConfig, num_sources: int, partitioning: Partitioning | None
+) -> TrainState:
+    shapes = jax.eval_shape(functools.partial(initial_state, model, train, num_sources), jax.random.key(0))
+    if partitioning is None:
+        return shapes
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, partitioning),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _initializer(
+    model: ModelConfig, train: TrainConfig, num_sources: int, partitioning: Partitioning | None
+) -> Callable[[Key[Array, ""]], TrainState]:
     """The compiled initialization, shared by runs that differ only in their seed."""
     # It runs once: on CPU, where LLVM's optimization of the random numbers takes seconds, leave it out.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(functools.partial(initial_state, model, train, num_sources), compiler_options=options)
+
+    def initialize(key: Key[Array, ""]) -> TrainState:
+        with use_partitioning(partitioning):
+            return initial_state(model, train, num_sources, key)
+
+    shardings = None if partitioning is None else abstract_shardings(model, train, num_sources, partitioning)
+    return jax.jit(initialize, compiler_options=options, out_shardings=shardings)
 
 
-def init_state(run: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
-    """The state before the first step, drawn from `run.seed`.
+def init_state(run: RunConfig, partitioning: Partitioning | None = None) -> tuple[nnx.GraphDef, TrainState]:
+    """The state before the first step, drawn from `run.seed`; the same numbers on every mesh.
+
+    Args:
+      run: the configuration.
+      partitioning: over which the state is made, so that no host and no device ever holds more than its part; None
+        for one device.
 
     Returns:
       The model's static part, and the state.
     """
-    initialize = _initializer(run.model, relevant_to_step(run.train), len(run.data.sources))
+    initialize = _initializer(run.model, relevant_to_step(run.train), len(run.data.sources), partitioning)
     state = initialize(jax.random.key(run.seed))
     # Committed to their devices, as restored arrays are, so that a step is not compiled again for those.
     return model_graph(run.model), jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))

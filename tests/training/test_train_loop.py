@@ -75,8 +75,8 @@ def test_logs_every_second_step(undisturbed):
     assert [line["skipped"] for line in log] == [0] * 12
     assert list(log[0]) == [
         "step", "loss", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
-        "dropped_fraction", "load_max_over_mean", "load_cv", "loss/knowledge", "loss/reasoning", "dead_experts",
-        "tokens", "skipped",
+        "dropped_fraction", "overflow_fraction", "load_max_over_mean", "load_cv", "loss/knowledge", "loss/reasoning",
+        "dead_experts", "tokens", "skipped",
     ]  # fmt: skip
 
 

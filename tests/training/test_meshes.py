@@ -1,0 +1,8 @@
+"""Training on meshes of 8 devices, in a process of its own."""
+
+import pathlib
+
+
+def test_training_on_eight_devices(run_on_devices):
+    """Everything in `on_eight_devices.py`."""
+    run_on_devices(pathlib.Path(__file__).with_name("on_eight_devices.py"))
