@@ -5,19 +5,19 @@ B batch, S sequence, D width, V vocabulary, C positions of a row in one chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.accounting import LOSS_CHUNK_LOGITS
-from jaxmoe.config import MESH_AXES
-from jaxmoe.layers.expert_parallel import TokenSplit
-from jaxmoe.sharding import Partitioning, partitioning_in_use
+from jaxmoe.sharding import Partitioning, gathered, partitioning_in_use
 from pallas_kernels import execution
 
 LOSS_CHUNK_TOKENS = 1024
@@ -59,20 +59,30 @@ def language_model_loss(
     with jax.named_scope("language_model_loss"):
         partitioning = partitioning_in_use()
         if partitioning is None:
-            total, nll = _loss(hidden, head_weight, targets, loss_weights, chunk_logits)
+            chunk = _chunk_length(*hidden.shape[:2], head_weight.shape[1], chunk_logits)
+            hidden, padded_targets, loss_weights = _padded(chunk, hidden, targets, loss_weights)
+            total, nll = _chunked_loss(hidden, head_weight, padded_targets, loss_weights, chunk)
         else:
             total, nll = _spread_loss(hidden, head_weight, targets, loss_weights, chunk_logits, partitioning)
-    return total, jax.lax.stop_gradient(nll)
+    return total, jax.lax.stop_gradient(nll[:, : targets.shape[1]])
 
 
-def _chunk_length(batch: int, length: int, vocabulary: int, chunk_logits: int | None) -> int:
-    """C: positions of each row in one chunk; the last chunk may be shorter."""
+def _chunk_length(rows: int, length: int, vocabulary: int, chunk_logits: int | None) -> int:
+    """C, from the sizes on one device."""
     if chunk_logits is None:
-        chunk_logits = LOSS_CHUNK_LOGITS
-        if execution.platform() != "cpu":
-            chunk_logits = max(chunk_logits, LOSS_CHUNK_TOKENS * vocabulary)
-    chunks = min(length, max(1, math.ceil(batch * length * vocabulary / chunk_logits)))
+        least = 0 if execution.platform() == "cpu" else LOSS_CHUNK_TOKENS * vocabulary
+        chunk_logits = max(LOSS_CHUNK_LOGITS, least)
+    chunks = min(length, max(1, math.ceil(rows * length * vocabulary / chunk_logits)))
     return math.ceil(length / chunks)
+
+
+def _padded(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """(B, S, ...) arrays with zeros up to a whole number of chunks."""
+    length = arrays[0].shape[1]
+    padding = chunk * math.ceil(length / chunk) - length
+    if not padding:
+        return arrays
+    return tuple(jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in arrays)
 
 
 def _target_logits(logits: Float[Array, "*tokens V"], targets: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
@@ -95,88 +105,20 @@ def _logits(hidden: Array, weight: Array) -> Array:
     return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
 
 
-def _chunks_of(chunk: int, *arrays: Array) -> tuple[Array, ...]:
-    """Arrays (B, S, ...) as (S / C, B, C, ...), zeros after the end."""
-    padding = -arrays[0].shape[1] % chunk
-    if padding:
-        arrays = tuple(jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in arrays)
-    return tuple(_chunked(x, chunk) for x in arrays)
-
-
-def _loss_alone(
-    hidden: Float[Array, "B S D"],
-    weight: Float[Array, "D V"],
-    targets: Int[Array, "B S"],
-    loss_weights: Float[Array, "B S"],
-    chunk_logits: int | None,
-) -> tuple[Float[Array, ""], Float[Array, "B S"]]:
-    """Sum of weight · nll, and nll."""
-    batch, length, _ = hidden.shape
-
-    def step(_, part):
-        hidden, targets = part
-        return None, token_nll(_logits(hidden, weight), targets)
-
-    chunk = _chunk_length(batch, length, weight.shape[1], chunk_logits)
-    _, nll = jax.lax.scan(step, None, _chunks_of(chunk, hidden, targets))
-    nll = _unchunked(nll)[:, :length]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked_loss(hidden, head_weight, targets, loss_weights, chunk):
+    nll = _losses(hidden, head_weight.astype(hidden.dtype), targets, chunk)
     return jnp.sum(loss_weights * nll), nll
 
 
-def _loss_and_gradients(
-    hidden: Float[Array, "B S D"],
-    weight: Float[Array, "D V"],
-    targets: Int[Array, "B S"],
-    loss_weights: Float[Array, "B S"],
-    chunk_logits: int | None,
-) -> tuple[Float[Array, ""], Float[Array, "B S"], Float[Array, "B S D"], Float[Array, "D V"]]:
-    """Sum of weight · nll, nll, and the sum's gradients: of hidden in its dtype, of the head in float32."""
-    batch, length, _ = hidden.shape
-    vocabulary = jnp.arange(weight.shape[1], dtype=targets.dtype)
-
-    def step(weight_gradient, part):
-        hidden, targets, loss_weights = part
-        logits = _logits(hidden, weight)
-        highest = logits.max(axis=-1, keepdims=True)
-        exponential = jnp.exp(logits - highest)
-        total = exponential.sum(axis=-1, keepdims=True)
-        chosen = targets[..., None] == vocabulary
-        nll = (jnp.log(total) + highest)[..., 0] - jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-        scale = loss_weights[..., None]
-        gradient = (exponential * (scale / total) - jnp.where(chosen, scale, 0.0)).astype(hidden.dtype)
-        hidden_gradient = jnp.einsum("bcv,dv->bcd", gradient, weight)
-        added = jnp.einsum("bcd,bcv->dv", hidden, gradient, preferred_element_type=jnp.float32)
-        return weight_gradient + added, (nll, hidden_gradient)
-
-    chunk = _chunk_length(batch, length, weight.shape[1], chunk_logits)
-    parts = _chunks_of(chunk, hidden, targets, loss_weights)
-    if parts[0].shape[0] == 1:
-        weight_gradient, (nll, hidden_gradient) = step(0.0, tuple(x[0] for x in parts))
-        nll, hidden_gradient = nll[None], hidden_gradient[None]
-    else:
-        weight_gradient, (nll, hidden_gradient) = jax.lax.scan(step, jnp.zeros(weight.shape, jnp.float32), parts)
-    nll, hidden_gradient = (_unchunked(x)[:, :length] for x in (nll, hidden_gradient))
-    return jnp.sum(loss_weights * nll), nll, hidden_gradient, weight_gradient
+def _chunked_loss_forward(hidden, head_weight, targets, loss_weights, chunk):
+    weight = head_weight.astype(hidden.dtype)
+    nll, hidden_gradient, weight_gradient = _losses_and_gradients(hidden, weight, targets, loss_weights, chunk)
+    residuals = (hidden_gradient, weight_gradient.astype(head_weight.dtype))
+    return (jnp.sum(loss_weights * nll), nll), residuals
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _loss(hidden, head_weight, targets, loss_weights, chunk_logits):
-    return _loss_alone(hidden, head_weight.astype(hidden.dtype), targets, loss_weights, chunk_logits)
-
-
-def _loss_forward(hidden, head_weight, targets, loss_weights, chunk_logits):
-    total, nll, hidden_gradient, weight_gradient = _loss_and_gradients(
-        hidden, head_weight.astype(hidden.dtype), targets, loss_weights, chunk_logits
-    )
-    return (total, nll), (hidden_gradient, weight_gradient.astype(head_weight.dtype))
-
-
-def _loss_backward(chunk_logits, residuals, gradients):
-    return _scaled(residuals, gradients)
-
-
-def _scaled(residuals: tuple[Array, Array], gradients: tuple[Array, Array]) -> tuple[Array, Array, None, None]:
-    """Gradients of the sum, times that of what is made of it."""
+def _chunked_loss_backward(_, residuals, gradients):
     scale, _ = gradients
     hidden_gradient, weight_gradient = residuals
     return (
@@ -187,84 +129,161 @@ def _scaled(residuals: tuple[Array, Array], gradients: tuple[Array, Array]) -> t
     )
 
 
-_loss.defvjp(_loss_forward, _loss_backward)
+_chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)
 
 
-# ------------------------------------------------------------------------------------------------------- on a mesh
+def _losses(hidden, weight, targets, chunk, axes=()):
+    """The nll of every token, chunk by chunk; `axes` are those of the mesh over which the vocabulary is spread."""
+
+    def step(_, part):
+        hidden, targets = part
+        logits = _logits(hidden, weight)
+        if not axes:
+            return None, token_nll(logits, targets)
+        return None, _softmax_parts(logits, targets, vocabulary, axes)[-1]
+
+    vocabulary = _numbers(weight.shape[1], targets.dtype, axes)
+    _, nll = jax.lax.scan(step, None, (_chunked(hidden, chunk), _chunked(targets, chunk)))
+    return _unchunked(nll)
+
+
+def _losses_and_gradients(hidden, weight, targets, loss_weights, chunk, axes=()):
+    """`_losses`, and the gradients of their weighted sum: of hidden in its dtype, of the weight in float32.
+
+    Where devices hold different tokens, the latter is of their own.
+    """
+    vocabulary = _numbers(weight.shape[1], targets.dtype, axes)
+
+    def step(weight_gradient, part):
+        hidden, targets, loss_weights = part
+        logits = _logits(hidden, weight)
+        exponential, total, chosen, nll = _softmax_parts(logits, targets, vocabulary, axes)
+        scale = loss_weights[..., None]
+        gradient = (exponential * (scale / total) - jnp.where(chosen, scale, 0.0)).astype(hidden.dtype)
+        hidden_gradient = _summed(jnp.einsum("bcv,dv->bcd", gradient, weight), axes)
+        added = jnp.einsum("bcd,bcv->dv", hidden, gradient, preferred_element_type=jnp.float32)
+        return weight_gradient + added, (nll, hidden_gradient)
+
+    parts = tuple(_chunked(x, chunk) for x in (hidden, targets, loss_weights))
+    if parts[0].shape[0] == 1:
+        weight_gradient, (nll, hidden_gradient) = step(0.0, tuple(x[0] for x in parts))
+        nll, hidden_gradient = nll[None], hidden_gradient[None]
+    else:
+        weight_gradient, (nll, hidden_gradient) = jax.lax.scan(step, jnp.zeros(weight.shape, jnp.float32), parts)
+    return _unchunked(nll), _unchunked(hidden_gradient), weight_gradient
+
+
+def _softmax_parts(logits, targets, vocabulary, axes):
+    """exp(logits - highest), its sum over the vocabulary, which entries are the targets', and their nll."""
+    highest = logits.max(axis=-1, keepdims=True)
+    highest = jax.lax.pmax(highest, axes) if axes else highest
+    exponential = jnp.exp(logits - highest)
+    total = _summed(exponential.sum(axis=-1, keepdims=True), axes)
+    chosen = targets[..., None] == vocabulary
+    nll = (jnp.log(total) + highest)[..., 0] - _summed(jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1), axes)
+    return exponential, total, chosen, nll
+
+
+def _numbers(size, dtype, axes):
+    """The numbers of the part of the vocabulary that this device holds."""
+    numbers = jnp.arange(size, dtype=dtype)
+    return numbers + size * jax.lax.axis_index(axes).astype(dtype) if axes else numbers
+
+
+def _summed(x, axes):
+    return jax.lax.psum(x, axes) if axes else x
+
+
+# --------------------------------------------------------------------------- on a mesh
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _spread_loss(hidden, head_weight, targets, loss_weights, chunk_logits, partitioning):
-    """`_loss` of tokens that are divided among all devices, each with the whole head while it lasts.
+    """The loss with every device on its own tokens and its own part of the vocabulary.
 
-    The head is exchanged once and its gradient summed once; left to XLA, both happen in every chunk.
+    The head's gradient is summed over the devices once, after all chunks.
     """
 
+    def local(hidden, weight, targets):
+        chunk = _chunk_length(*hidden.shape[:2], weight.shape[1], chunk_logits)
+        nll = _losses(*_padded(chunk, hidden), weight, *_padded(chunk, targets), chunk, places.vocabulary)
+        return nll[:, : targets.shape[1]]
+
+    places = _Places.of(partitioning, hidden, head_weight)
+    weight = gathered(head_weight.astype(hidden.dtype), "width", "vocabulary")
+    nll = places.mapped(local, (places.hidden, places.weight, places.tokens), places.tokens)(hidden, weight, targets)
+    return jnp.sum(loss_weights * nll), nll
+
+
+def _spread_loss_forward(hidden, head_weight, targets, loss_weights, chunk_logits, partitioning):
+    places = _Places.of(partitioning, hidden, head_weight)
+
     def local(hidden, weight, targets, loss_weights):
-        total, nll = _loss_alone(hidden, weight, targets, loss_weights, chunk_logits)
-        return jax.lax.psum(total, MESH_AXES), nll
+        length = targets.shape[1]
+        chunk = _chunk_length(*hidden.shape[:2], weight.shape[1], chunk_logits)
+        hidden, targets, loss_weights = _padded(chunk, hidden, targets, loss_weights)
+        nll, hidden_gradient, weight_gradient = _losses_and_gradients(
+            hidden, weight, targets, loss_weights, chunk, places.vocabulary
+        )
+        alone = tuple(axis for axis in places.tokens_over if axis not in places.kept_over)
+        weight_gradient = _summed(weight_gradient, alone)
+        if places.kept_over:
+            weight_gradient = jax.lax.psum_scatter(weight_gradient, places.kept_over, tiled=True)
+        return nll[:, :length], hidden_gradient[:, :length], weight_gradient
 
-    return _on_mesh(local, partitioning, hidden, head_weight, targets, loss_weights, gradients=False)
-
-
-def _spread_forward(hidden, head_weight, targets, loss_weights, chunk_logits, partitioning):
-    def local(hidden, weight, targets, loss_weights):
-        total, *rest = _loss_and_gradients(hidden, weight, targets, loss_weights, chunk_logits)
-        return jax.lax.psum(total, MESH_AXES), *rest
-
-    total, nll, hidden_gradient, weight_gradient = _on_mesh(
-        local, partitioning, hidden, head_weight, targets, loss_weights, gradients=True
-    )
-    return (total, nll), (hidden_gradient, weight_gradient.astype(head_weight.dtype))
-
-
-def _spread_backward(chunk_logits, partitioning, residuals, gradients):
-    return _scaled(residuals, gradients)
-
-
-_spread_loss.defvjp(_spread_forward, _spread_backward)
+    weight = gathered(head_weight.astype(hidden.dtype), "width", "vocabulary")
+    nll, hidden_gradient, weight_gradient = places.mapped(
+        local,
+        (places.hidden, places.weight, places.tokens, places.tokens),
+        (places.tokens, places.hidden, places.kept_weight),
+    )(hidden, weight, targets, loss_weights)
+    return (jnp.sum(loss_weights * nll), nll), (hidden_gradient, weight_gradient.astype(head_weight.dtype))
 
 
-def _on_mesh(
-    local: Callable[..., tuple[Array, ...]],
-    partitioning: Partitioning,
-    hidden: Float[Array, "B S D"],
-    head_weight: Float[Array, "D V"],
-    targets: Int[Array, "B S"],
-    loss_weights: Float[Array, "B S"],
-    *,
-    gradients: bool,
-) -> tuple[Array, ...]:
-    """`local` on the tokens of each device: total, nll and, with `gradients`, those of hidden and of the head."""
-    split = TokenSplit.of(partitioning, targets.shape)
-    weight_spec = partitioning.spec(("width", "vocabulary"), head_weight.shape)
-    kept = tuple(axis for axes in weight_spec for axis in axes or ())
+def _spread_loss_backward(_, __, residuals, gradients):
+    return _chunked_loss_backward(None, residuals, gradients)
 
-    def on_device(hidden, weight, targets, loss_weights):
-        weight = weight.astype(hidden.dtype)
-        for dimension, axes in enumerate(weight_spec):
-            weight = jax.lax.all_gather(weight, axes, axis=dimension, tiled=True) if axes else weight
-        tokens = (hidden, targets, loss_weights)
-        rows = tokens if split.by_sequence else tuple(x[None] for x in tokens)
-        total, *of_tokens = local(rows[0], weight, *rows[1:])
-        weight_gradient = [of_tokens.pop()] if gradients else []
-        of_tokens = of_tokens if split.by_sequence else [x[0] for x in of_tokens]
-        return total, *of_tokens, *map(summed, weight_gradient)
 
-    def summed(gradient):
-        for dimension, axes in enumerate(weight_spec):
-            if axes:
-                gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
-        return jax.lax.psum(gradient, tuple(axis for axis in MESH_AXES if axis not in kept))
+_spread_loss.defvjp(_spread_loss_forward, _spread_loss_backward)
 
-    results = jax.shard_map(
-        on_device,
-        mesh=partitioning.mesh,
-        in_specs=(split.spec, weight_spec, split.spec, split.spec),
-        out_specs=(PartitionSpec(), split.spec, *((split.spec, weight_spec) if gradients else ())),
-        check_vma=False,
-    )(split.cut(hidden), head_weight, split.cut(targets), split.cut(loss_weights))
-    total, nll, *rest = results
-    if gradients:
-        rest[0] = split.joined(rest[0])
-    return total, split.joined(nll), *rest
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Where the arrays of the loss are.
+
+    Attributes:
+      mesh: of the devices.
+      hidden, tokens, weight, kept_weight: of the hidden states, of one number for each token, of the head as it is
+        computed with, and as it is kept.
+      vocabulary, tokens_over, kept_over: axes of the mesh over which the vocabulary, the tokens and, of these, the
+        kept head's width are spread.
+    """
+
+    mesh: Mesh
+    hidden: PartitionSpec
+    tokens: PartitionSpec
+    weight: PartitionSpec
+    kept_weight: PartitionSpec
+    vocabulary: tuple[str, ...]
+    tokens_over: tuple[str, ...]
+    kept_over: tuple[str, ...]
+
+    @classmethod
+    def of(cls, partitioning: Partitioning, hidden: Array, head_weight: Array) -> _Places:
+        rows, positions = map(partitioning.mesh_axes, ("batch", "sequence"), hidden.shape)
+        width, vocabulary = map(partitioning.mesh_axes, ("width", "vocabulary"), head_weight.shape)
+        kept_over = width if set(width) <= {*rows, *positions} else ()
+        return cls(
+            mesh=partitioning.mesh,
+            hidden=PartitionSpec(rows, positions, None),
+            tokens=PartitionSpec(rows, positions),
+            weight=PartitionSpec(None, vocabulary),
+            kept_weight=PartitionSpec(kept_over, vocabulary),
+            vocabulary=vocabulary,
+            tokens_over=rows + positions,
+            kept_over=kept_over,
+        )
+
+    def mapped(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function` of each device's part."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -17,7 +17,8 @@ DONE_FILE = "DONE"
 Resume = Literal["auto", "force"]
 
 _BOOKKEEPING = tuple(
-    f"train.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps")
+    f"train.{name}"
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "watchdog_minutes")
 )
 
 _SHOWN_DIFFERENCES = 20
