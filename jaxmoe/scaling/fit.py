@@ -24,7 +24,7 @@ from jaxmoe.models import init_cache
 from jaxmoe.scaling.program import Exchange, Operations, count_operations, exchanges
 from jaxmoe.scaling.topologies import GIB, Topology
 from jaxmoe.sharding import Partitioning, build_mesh, use_partitioning
-from jaxmoe.training.state import abstract_state, model_graph
+from jaxmoe.training.state import abstract_state
 from jaxmoe.training.step import BATCH_AXES, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -211,12 +211,12 @@ def _trained(run: RunConfig, partitioning: Partitioning) -> Any:
         "segment_ids": rows(jnp.int32), "source": rows(jnp.int32, 1),
     }  # fmt: skip
     step = make_train_step(run.model, run.train, len(run.data.sources), partitioning)
-    return step.trace(abstract_state(run, partitioning), batch)
+    return step.trace(abstract_state(run, partitioning)[1], batch)
 
 
 def _decoded(run: RunConfig, partitioning: Partitioning, rows: int, length: int) -> Any:
     """One token more for each of `rows` rows, with parameters in the compute dtype and a cache of `length` tokens."""
-    state, graph = abstract_state(run, partitioning), model_graph(run.model)
+    graph, state = abstract_state(run, partitioning)
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.model.compute_dtype, sharding=leaf.sharding), state.params
     )

@@ -94,7 +94,7 @@ def _repetitions(equation: Any) -> int:
         return equation.params["length"]
     if equation.primitive.name == "shard_map":
         mesh = equation.params["mesh"]
-        return math.prod(mesh.shape[axis] for axis in equation.params["manual_axes"])
+        return math.prod(mesh.shape[axis] for axis in equation.params["newly_manual_axes"])
     return 1
 
 
