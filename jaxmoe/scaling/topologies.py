@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jaxmoe.config import ConfigError, nearest
+from jaxmoe.config import ConfigError
 from pallas_kernels import execution, targets
 
 GIB = 1 << 30
@@ -65,6 +65,14 @@ CHIPS = {
 
 EXAMPLES = ("v5e:4x4", "v5p:4x4x4", "v6e:16x16", "tpu7x:4x4x4", "h100:8", "h100:64", "h200:8")
 _GPUS_OF_A_NODE = 8
+_WITHOUT_A_POD = {
+    "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked for a pod that is not there
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
+    "TPU_WORKER_HOSTNAMES": "localhost",  # or libtpu complains of missing ones
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
 _CARD_MEMORY = {"h100": 84978434048, "h200": 150121545728}
 """Bytes that cudaGetDeviceProperties reports."""
 
@@ -104,10 +112,10 @@ def describe_topology(name: str, slices: int = 1) -> Topology:
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
-        raise ConfigError(f"--topology={name}: unknown chip {kind!r}.{nearest(kind, CHIPS)} {_examples()}")
+        raise ConfigError(f"--topology={name}: unknown chip {kind!r}. Known: {', '.join(CHIPS)}. {_examples()}")
     chip = CHIPS[kind]
     if not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ConfigError(f"--topology={name}: {shape or 'no shape'!r} after the chip. {_examples()}")
+        raise ConfigError(f"--topology={name}: no shape can be read after the chip. {_examples()}")
     sizes = tuple(map(int, shape.split("x")))
     if chip.kernels not in execution.CHIPS:
         known = ", ".join(each.name for each in CHIPS.values() if each.kernels in execution.CHIPS)
@@ -129,8 +137,8 @@ def _tpus(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequenc
     if len(sizes) != chip.dimensions or math.prod(sizes) < math.prod(chip.least):
         least = "x".join(map(str, chip.least))
         raise ConfigError(f"--topology={name}: {chip.name} has {chip.dimensions} directions, {least} or more.")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked for a pod that is not there
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in _WITHOUT_A_POD.items():
+        os.environ.setdefault(variable, value)
     try:
         return topologies.get_topology_desc(name, platform="tpu", num_slices=slices).devices
     except Exception as error:  # libtpu missing, or a shape that it does not know, in many classes
