@@ -22,8 +22,9 @@ _BYTES = {
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
-    "collective-broadcast",
+    "collective-broadcast", "recv",
 )  # fmt: skip
+"""Kinds of exchange; `recv` is what XLA:TPU makes of the part of a collective that goes between slices."""
 
 
 # ------------------------------------------------------------------------------- operations, in the traced program
@@ -146,14 +147,22 @@ def exchanges(text: str, slice_of: Sequence[int]) -> list[Exchange]:
     """
     computations, entry = _computations(text)
     found: dict[str, list[int]] = {kind: [0, 0, 0] for kind in COLLECTIVES}
+    chains: set[tuple[str, str]] = set()
     for name, count in _executions(computations, entry).items():
         for line in computations[name]:
             match = _COLLECTIVE.search(line)
-            if match is None:
+            if match is None or (match["kind"] == "recv" and "megascale" not in line):
                 continue
+            chain = _CHAIN.search(line)  # one collective, in parts beside the products that hide it
+            if chain is not None:
+                if chain.groups() in chains:
+                    continue
+                chains.add(chain.groups())
             groups = _groups(line, len(slice_of))
             received = _received(match["kind"], match["shape"], bool(match["start"]), groups)
-            crosses = any(len({slice_of[device] for device in group}) > 1 for group in groups)
+            crosses = match["kind"] == "recv" or any(
+                len({slice_of[device] for device in group}) > 1 for group in groups
+            )
             entry_of = found[match["kind"]]
             entry_of[0] += count
             entry_of[1] += count * received
@@ -164,6 +173,7 @@ def exchanges(text: str, slice_of: Sequence[int]) -> list[Exchange]:
 _COLLECTIVE = re.compile(
     rf"= (?P<shape>.*?) (?P<kind>{'|'.join(sorted(COLLECTIVES, key=len, reverse=True))})(?P<start>-start)?\("
 )
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=\{?([^,}]*(?:, ?%[\w.\-]+)*)\}?")
@@ -240,7 +250,7 @@ def _received(kind: str, shape: str, starts: bool, groups: list[list[int]]) -> i
         return round(2 * whole * others)
     if kind == "reduce-scatter":
         return round(whole * (size - 1))
-    if kind in ("collective-permute", "collective-broadcast"):
+    if kind in ("collective-permute", "collective-broadcast", "recv"):
         return whole
     return round(whole * others)
 

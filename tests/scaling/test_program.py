@@ -100,3 +100,15 @@ def test_exchanges_by_kind_times_the_trips_of_their_loops():
 def test_a_loop_that_the_compiler_counted():
     text = HLO.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
     assert {each.kind: each.count for each in exchanges(text, [0] * 8)}["reduce-scatter"] == 5
+
+
+def test_parts_of_one_collective_count_once_and_what_comes_from_another_slice_is_told():
+    part = "channel_id=7, replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id=\"3\"}"
+    text = f"""ENTRY %main (p: f32[8]) -> f32[16] {{
+  %a = f32[16]{{0}} all-gather(%p), {part}
+  %b = f32[16]{{0}} all-gather(%p), {part}
+  %r = (f32[25]{{0}}, u32[], token[]) recv(%t), channel_id=3, frontend_attributes={{handler="xla_megascale_runtime"}}
+  %h = (f32[25]{{0}}, u32[], token[]) recv(%t), channel_id=4, frontend_attributes={{handler="other"}}
+}}
+"""
+    assert exchanges(text, [0, 0]) == [Exchange("all-gather", 1, 32, 0), Exchange("recv", 1, 104, 104)]
