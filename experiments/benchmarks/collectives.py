@@ -82,6 +82,11 @@ class Case:
         return self.batch * self.sequence // self.devices
 
     @property
+    def rows(self) -> float:
+        """That one ragged exchange is given: T·K, or half of them."""
+        return self.tokens * self.k / (2 if self.overlap else 1)
+
+    @property
     def least(self) -> float:
         """Bytes that a token's forward pass has to send."""
         return 2 * self.k * self.width * jnp.dtype(self.dtype).itemsize * (1 - 1 / self.group)
@@ -214,7 +219,7 @@ def compiled(case: Case, *, gradient: bool) -> jax.stages.Compiled:
     def spread(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=partitioning.sharding(axes, shape))
 
-    x = spread((case.batch, case.sequence, case.width), jnp.dtype(case.dtype), ("batch", "sequence"))
+    x = spread((case.batch, case.sequence, case.width), jnp.dtype(case.dtype), ("batch", "sequence", None))
     params = jax.tree.map(
         lambda variable: variable.replace(
             spread(variable.shape, variable.dtype, variable.get_metadata().get("logical_axes", ()))
@@ -247,7 +252,7 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
         buffers: dict[str, float] = {}
         for collective in found:
             name = f"{collective.part}: {collective.kind}"
-            sent[name] = sent.get(name, 0.0) + collective.sent(case.tokens * case.k) / case.tokens
+            sent[name] = sent.get(name, 0.0) + collective.sent(case.rows) / case.tokens
             buffers[name] = buffers.get(name, 0.0) + collective.buffer / case.tokens
         exchanged = sum(size for name, size in sent.items() if not name.startswith("other"))
         least = case.least * (2 if gradient else 1)
