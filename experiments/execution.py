@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import traceback
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import ml_collections
 
 from experiments.terminal import log_to_terminal
-from jaxmoe.config import ConfigError, nearest
+from jaxmoe.config import ConfigError
 from jaxmoe.exit_status import RESUMABLE
 
 if TYPE_CHECKING:
@@ -16,25 +20,21 @@ if TYPE_CHECKING:
     from jaxmoe.training import ProgressReporter
 
 
-def read_study(config: ml_collections.ConfigDict, overridden: tuple[str, ...], member: str | None = None) -> Study:
+def read_study(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> Study:
     """The study of a configuration, checked.
 
     Args:
       config: of the `--config` flag.
       overridden: the dotted keys that the command line set.
-      member: that `--member` names, if it is given.
 
     Raises:
-      ConfigError: a mistake in it, an override without effect, no such member.
+      ConfigError: a mistake in it, or an override without effect.
     """
     from jaxmoe.scaling.study import Study
 
     study = Study.from_config_dict(config)
     _refuse_overrides_without_effect(config, overridden)
     study.check()
-    names = [known.name for known in study.members]
-    if member is not None and member not in names:
-        raise ConfigError(f"--member={member}: no such member.{nearest(member, names)}")
     return study
 
 
@@ -57,12 +57,15 @@ def run_to_status(
       member: train this one alone.
       resume, command, progress: as for `jaxmoe.scaling.run_study`.
     """
+    from jaxmoe.processes import is_first
     from jaxmoe.scaling.runner import run_study
     from jaxmoe.training import StopRequest, reuse_freed_memory
 
     log_to_terminal()
-    with reuse_freed_memory(), StopRequest(second="exit") as stop:  # before JAX starts its threads
+    with _ending_together(), reuse_freed_memory(), StopRequest(second="exit") as stop:  # before JAX starts its threads
         outcome = run_study(study, workdir, only=member, resume=resume, progress=progress, command=command, stop=stop)
+    if not is_first():
+        return {"resumable": RESUMABLE, "failed": 1, "done": 0}[outcome.status]
     if outcome.status == "resumable":
         said = f"preempted ({stop.requested}), resumable: nothing is lost. Run the same command again to go on"
         print(f"{said} ({workdir}).")
@@ -72,6 +75,22 @@ def run_to_status(
         return 1
     print(f"done: {workdir}. Next: python -m experiments.report --workdir={workdir}")
     return 0
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """Of several processes one that fails ends at once: the others wait for it, and JAX's runtime then ends them."""
+    from jaxmoe.processes import alone
+
+    try:
+        yield
+    except ConfigError:  # of all of them
+        raise
+    except Exception:
+        if alone():
+            raise
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _refuse_overrides_without_effect(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 import pallas_kernels
 from jaxmoe.config import MESH_AXES, ConfigError, ModelConfig, MoEConfig, from_dict
 from jaxmoe.layers import expert_parallel
+from jaxmoe.layers.mlp import DenseMLP
 from jaxmoe.layers.parameters import dtype_name, normal_parameter, residual_output_std
 from jaxmoe.layers.router import Router, Routing
 from jaxmoe.layers.statistics import RouterStatistics
@@ -28,7 +29,7 @@ _WEIGHTS = {"gate_up": ("experts", "expert_width", None), "down": ("experts", No
 
 
 class MoE(nnx.Module):
-    """K of E SwiGLU experts for every token.
+    """K of E SwiGLU experts for every token, and a shared one for all of them if there is one.
 
     The experts' gradients are written by hand, so forward-mode differentiation (`jax.jvp`) is not supported.
 
@@ -37,8 +38,8 @@ class MoE(nnx.Module):
       num_experts: E.
       experts_per_token: K, at most E.
       expert_hidden: F.
-      score_order, renormalize, router_dtype, capacity_factor, expert_buffer_factor, expert_overlap,
-        backend: as in `jaxmoe.config.MoEConfig`.
+      score_order, renormalize, routed_scaling, shared_expert_hidden, router_dtype, capacity_factor,
+        expert_buffer_factor, expert_overlap, backend: as in `jaxmoe.config.MoEConfig`.
       init_std: of the router, gate and up weights.
       output_init_std: of the down weights; None for init_std.
       compute_dtype: of the experts' matrix products.
@@ -57,6 +58,8 @@ class MoE(nnx.Module):
         expert_hidden: int,
         score_order: str = "topk_then_softmax",
         renormalize: bool = True,
+        routed_scaling: float = 1.0,
+        shared_expert_hidden: int = 0,
         router_dtype: DTypeLike = "float32",
         capacity_factor: float | None = None,
         expert_buffer_factor: float | None = None,
@@ -72,10 +75,12 @@ class MoE(nnx.Module):
             "experts_per_token": experts_per_token,
             "score_order": score_order,
             "renormalize": renormalize,
+            "routed_scaling": routed_scaling,
             "router_dtype": dtype_name(router_dtype),
         }
         others = {
             "expert_hidden": expert_hidden,
+            "shared_expert_hidden": shared_expert_hidden,
             "capacity_factor": capacity_factor,
             "expert_buffer_factor": expert_buffer_factor,
             "expert_overlap": expert_overlap,
@@ -109,6 +114,16 @@ class MoE(nnx.Module):
             init_std if output_init_std is None else output_init_std,
             axes=_WEIGHTS["down"],
         )
+        self.has_shared_expert = checked.shared_expert_hidden > 0
+        if self.has_shared_expert:
+            self.shared_expert = DenseMLP(
+                width,
+                checked.shared_expert_hidden,
+                init_std=init_std,
+                output_init_std=output_init_std,
+                compute_dtype=compute_dtype,
+                rngs=rngs,
+            )
 
     @classmethod
     def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs) -> MoE:
@@ -123,6 +138,8 @@ class MoE(nnx.Module):
             expert_hidden=moe.expert_hidden,
             score_order=moe.score_order,
             renormalize=moe.renormalize,
+            routed_scaling=moe.routed_scaling,
+            shared_expert_hidden=moe.shared_expert_hidden,
             router_dtype=moe.router_dtype,
             capacity_factor=moe.capacity_factor,
             expert_buffer_factor=moe.expert_buffer_factor,
@@ -153,11 +170,11 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None = None
     ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
-        """Routes every token and returns the gated sum of its experts' outputs.
+        """Routes every token and returns the gated sum of its experts' outputs, the shared expert's added.
 
         Args:
           x: tokens, any leading axes.
-          mask: False marks padding: not routed, not counted, output zero.
+          mask: False marks padding: not routed, not counted, output zero but for the shared expert's.
 
         Returns:
           The outputs, in compute_dtype, and the sums that auxiliary losses and load metrics are made of.
@@ -168,8 +185,19 @@ class MoE(nnx.Module):
         if x.shape[-1] != self.width:
             raise ConfigError(f"MoE: x has width {x.shape[-1]} but the layer has width={self.width}.")
         partitioning = partitioning_in_use()
-        if partitioning is not None:
-            return self._on_mesh(partitioning, x, mask)
+        if partitioning is None:
+            y, statistics = self._on_one_device(x, mask)
+        else:
+            y, statistics = self._on_mesh(partitioning, x, mask)
+        if self.has_shared_expert:
+            with jax.named_scope("shared_expert"):
+                y = y + self.shared_expert(x)
+        return y, statistics
+
+    def _on_one_device(
+        self, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None
+    ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
+        """The routed part of `__call__`."""
         tokens = x.reshape(-1, x.shape[-1])
         keep = None if mask is None else mask.reshape(-1)
         with jax.named_scope("router"):
@@ -194,7 +222,7 @@ class MoE(nnx.Module):
     def _on_mesh(
         self, partitioning: Partitioning, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None
     ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
-        """`__call__` with tokens and experts divided among devices. What is returned does not depend on how."""
+        """The same with tokens and experts divided among devices. What is returned does not depend on how."""
         split = expert_parallel.TokenSplit.of(partitioning, x.shape[:-1])
         if mask is None and split.padding:
             mask = jnp.ones(x.shape[:-1], bool)

@@ -1,13 +1,16 @@
-"""A step on a mesh is the step on one device: run by `test_meshes.py` in a process with 8 devices."""
+"""A step on a mesh is the step on one device: run by `test_meshes.py` with 8 devices, and in 2 processes with 2 each."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxmoe.config import MeshConfig, ModelConfig, MoEConfig, RunConfig
-from jaxmoe.sharding import make_partitioning
+from jaxmoe.processes import connect
+from jaxmoe.sharding import make_partitioning, rows_here
 from jaxmoe.training.bad_steps import is_bad, judge_bad_step
 from jaxmoe.training.errors import BufferOverflowError
 from jaxmoe.training.state import init_state
@@ -26,6 +29,10 @@ CASES = [
     ("fsdp_expert_tensor", 4, "full"),
     ("data_context", 2, "dots"),
 ]
+
+if "JAX_NUM_PROCESSES" in os.environ:
+    connect()
+    MESHES, CASES = {"pair": MeshConfig(fsdp=2, expert=2)}, [("pair", 2, "none")]
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +64,12 @@ def batch(run):
 
 
 def named(tree) -> dict[str, np.ndarray]:
-    """Arrays of a tree by their path."""
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """Arrays of a tree by their path, from all processes."""
+
+    def whole(leaf):
+        return np.asarray(leaf) if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+
+    return {jax.tree_util.keystr(path): whole(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 
@@ -68,7 +79,10 @@ def step_of(run, batch, mesh):
     partitioning = None if mesh is None else make_partitioning(mesh)
     _, state = init_state(run, partitioning)
     params = named(state.params)
-    state, metrics = make_train_step(run.model, run.train, 2, partitioning)(state, place_batch(batch, partitioning))
+    if partitioning is not None:
+        here = rows_here(partitioning, 32)
+        batch = place_batch({key: value[here] for key, value in batch.items()}, partitioning, 32)
+    state, metrics = make_train_step(run.model, run.train, 2, partitioning)(state, batch)
     return params, named(metrics), named(state.opt_state[1].mu)
 
 
@@ -98,6 +112,7 @@ def test_a_step_does_not_depend_on_the_mesh_the_micro_batches_and_what_is_recomp
     assert_equal_steps(step_of(run, batch, MESHES[name]), on_one_device)
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="of eight devices")
 def test_no_device_holds_more_than_its_part(run):
     """Parameters and moments are made spread over all devices, norms excepted, and no buffer is larger."""
     partitioning = make_partitioning(MESHES["fsdp_expert"])
