@@ -132,7 +132,7 @@ def collectives(program: str, row: int) -> list[Collective]:
 
     Args:
       program: optimized HLO.
-      row: bytes of a token, by which those that move tokens are known.
+      row: bytes of a token, by which the ragged exchanges that move tokens are known.
     """
     found = []
     for line in program.splitlines():
@@ -148,13 +148,15 @@ def collectives(program: str, row: int) -> list[Collective]:
             shapes = [max(shapes, key=lambda shape: (_BYTES[shape[0]] * math.prod(shape[1][1:]), math.prod(shape[1])))]
         buffers = [_BYTES[name] * math.prod(sizes) for name, sizes in shapes]
         name, sizes = shapes[0]
-        scope = re.search(r'op_name="([^"]*)"', line)
-        inside = scope is not None and re.search(r"/(send|return|sizes)/", scope[1])
+        scope = re.search(r'op_name="([^"]*)"', line)  # XLA:GPU forgets it of ragged exchanges
+        scope = scope[1] if scope else ""
         own_row = buffers[0] // (sizes[0] if sizes else 1)
         if name in ("s32", "u32"):
             part = "sizes"
-        elif inside:
+        elif match[2] == "ragged-all-to-all":
             part = "rows" if own_row == row else "gates"
+        elif re.search("/(send|return)/", scope):
+            part = "gates" if "/gates/" in scope else "rows"
         else:
             part = "other"
         found.append(Collective(match[2], part, sum(buffers), own_row, _group(line)))

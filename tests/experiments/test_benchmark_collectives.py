@@ -8,7 +8,7 @@ import pytest
 
 from experiments.benchmarks import collectives
 from experiments.benchmarks.collectives import Case, Collective
-from jaxmoe.config import MeshConfig
+from jaxmoe.config import ConfigError, MeshConfig
 from pallas_kernels import targets
 
 TPU = Case("v5p", "v5p:2x2x1", MeshConfig(fsdp=2, expert=2), 4, 512, 1024, 256, 8, 2)
@@ -19,7 +19,7 @@ PROGRAM = """
   %b = f32[3072,1,128]{2,1,0} ragged-all-to-all-start(%y), replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/routed_mlp/send/r"}
   %c = s32[64]{0} all-reduce(%z), replica_groups=[2,4]<=[8], to_apply=%add
   %d = f32[256,64]{1,0} reduce-scatter(%w), replica_groups={{0,1},{2,3}}, metadata={op_name="jit(f)/whole"}
-  %e = (f32[2]{0}, f32[2]{0}) all-to-all(%u, %v), replica_groups={{0,1}}, metadata={op_name="jit(f)/return/all_to_all"}
+  %e = (f32[2]{0}, f32[2]{0}) all-to-all(%u, %v), replica_groups={{0,1}}, metadata={op_name="jit(f)/send/gates/all_to_all"}
   %f = bf16[8,16]{1,0} all-gather-done(%g)
   %h = f32[12]{0} all-gather(%i), replica_groups=mesh['axis_0'=32,'axis_1'=1,'axis_2'=2] {'axis_1','axis_2'}, dimensions={0}
 """  # noqa: E501
@@ -110,3 +110,13 @@ def test_the_result_is_described():
     text = collectives.describe({"compiler": "XLA:TPU", "rows": rows})
     assert "v5p:2x2x1, 2 fsdp x 2 expert: T=512 D=1024 F=256 E=8 K=2 P=2 bfloat16, forward\n" in text
     assert "aim 1.25" in text
+
+
+def test_without_a_compiler_or_devices_it_says_what_is_missing(monkeypatch):
+    def missing(case, *, gradient):
+        raise targets.CompilerMissing("the compiler for v5p is not at hand.")
+
+    monkeypatch.setattr(collectives, "compiled", missing)
+    monkeypatch.setattr(collectives.jax, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"v5p is not at hand\. Or set .*_device_count=8"):
+        collectives.run()
