@@ -148,7 +148,8 @@ def routed_mlp(
     with jax.named_scope("send"):
         rows = pallas_kernels.dispatch(x, plan, backend=backend)
         received = exchange(rows, slices, room, axes)
-        row_gate = exchange(_in_order(gate.astype(jnp.float32), plan), slices, room, axes)
+        with jax.named_scope("gates"):
+            row_gate = exchange(_in_order(gate.astype(jnp.float32), plan), slices, room, axes)
     with jax.named_scope("experts"):
         outputs = pallas_kernels.moe_mlp(
             received, local_expert[:, None], row_gate[:, None], gate_up, down, backend=backend
