@@ -27,7 +27,7 @@ from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.state import init_state
-from jaxmoe.training.step import Metrics, make_train_step
+from jaxmoe.training.step import Metrics, make_train_step, parameter_norm
 from jaxmoe.training.workdir import Resume, check_contents, check_directory, claim_directory, training_hash
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,8 @@ class _Loop:
                     self._state = dataclasses.replace(self._state, recent=self._state.recent.cleared())
                 self._state, metrics = train_step(self._state, batch)
                 self._step += 1
+                if self._is_logged(self._step):
+                    metrics = metrics | {"param_norm": parameter_norm(self._state.params)}
                 self._in_flight.append(_InFlight(self._step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
                 self._observe(_STEPS_IN_FLIGHT)
                 self._checkpoints.raise_if_failed()
@@ -196,6 +198,9 @@ class _Loop:
         finally:
             batches.close()
 
+    def _is_logged(self, step: int) -> bool:
+        return step % self._run.train.log_every == 0 or step == self._run.train.steps
+
     def _observe(self, leave: int) -> None:
         """Looks at the numbers of the oldest steps in flight until `leave` are left, waiting for them."""
         while len(self._in_flight) > leave:
@@ -207,7 +212,7 @@ class _Loop:
             self._loss = plain_number(oldest.metrics["loss"])
             if self._progress is not None:
                 self._progress.advance(oldest.step, self._loss, self._throughput.tokens_per_second)
-            if oldest.step % self._run.train.log_every == 0 or oldest.step == self._run.train.steps:
+            if self._is_logged(oldest.step):
                 self._log.write(oldest.step, jax.device_get(oldest.metrics), self._throughput.line(oldest.step))
             if skipped_in_a_row >= self._run.train.max_nonfinite_steps:
                 self._fail_nonfinite(oldest.step, skipped_in_a_row)
