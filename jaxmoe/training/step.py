@@ -111,7 +111,7 @@ def make_train_step(
     * `loss`: sum of weighted negative log-likelihoods / sum of weights, nats per token, no auxiliary loss in it;
       `source_loss` (sources,): the same of each source, NaN where the batch has none of it.
     * `load_balance`, `router_z`: auxiliary losses without their coefficients; `total_loss`: what is differentiated.
-    * `grad_norm` before clipping, `param_norm` after the update, `learning_rate` of the update.
+    * `grad_norm` before clipping, `learning_rate` of the update.
     * those of `jaxmoe.layers.load_metrics` if a layer routes.
     * `tokens`: predicted positions without padding; `skipped` and `skipped_in_a_row`, as in `TrainState`.
     * those of `jaxmoe.training.spikes.find_spike` if the run looks for spikes.
@@ -183,7 +183,6 @@ def _compiled_step(
             **losses,
             "source_loss": sums.source_nll / sums.source_weight,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(following.params),
             "learning_rate": schedule(number),
             **({} if sums.router is None else load_metrics(sums.router)),
             "tokens": sums.tokens,
@@ -210,6 +209,12 @@ def _compiled_step(
         out_shardings=(shardings, everywhere),
         compiler_options=compiler_options(partitioning) if overlapped else None,
     )
+
+
+@jax.jit
+def parameter_norm(params: nnx.State) -> Float[Array, ""]:
+    """The L2 norm of all parameters. No step needs it, and it reads them all: for the steps that are logged."""
+    return optax.tree.norm(params)
 
 
 def place_batch(batch: Batch, partitioning: Partitioning | None = None, batch_size: int | None = None) -> Batch:
