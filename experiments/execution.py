@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import traceback
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import ml_collections
@@ -53,12 +57,15 @@ def run_to_status(
       member: train this one alone.
       resume, command, progress: as for `jaxmoe.scaling.run_study`.
     """
+    from jaxmoe.processes import is_first
     from jaxmoe.scaling.runner import run_study
     from jaxmoe.training import StopRequest, reuse_freed_memory
 
     log_to_terminal()
-    with reuse_freed_memory(), StopRequest(second="exit") as stop:  # before JAX starts its threads
+    with _ending_together(), reuse_freed_memory(), StopRequest(second="exit") as stop:  # before JAX starts its threads
         outcome = run_study(study, workdir, only=member, resume=resume, progress=progress, command=command, stop=stop)
+    if not is_first():
+        return {"resumable": RESUMABLE, "failed": 1, "done": 0}[outcome.status]
     if outcome.status == "resumable":
         said = f"preempted ({stop.requested}), resumable: nothing is lost. Run the same command again to go on"
         print(f"{said} ({workdir}).")
@@ -68,6 +75,22 @@ def run_to_status(
         return 1
     print(f"done: {workdir}. Next: python -m experiments.report --workdir={workdir}")
     return 0
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """Of several processes one that fails ends at once: the others wait for it, and JAX's runtime then ends them."""
+    from jaxmoe.processes import alone
+
+    try:
+        yield
+    except ConfigError:  # of all of them
+        raise
+    except Exception:
+        if alone():
+            raise
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _refuse_overrides_without_effect(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> None:

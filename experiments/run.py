@@ -3,6 +3,13 @@
     python -m experiments.run --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 
 Run it again and it goes on where it stopped; what is done is skipped. `--dry_run` counts and trains nothing.
+
+    --mesh=fsdp_ep                  how the devices are used: a preset, and sizes (docs/distributed.md)
+    --mesh=fsdp=4,expert=2
+
+On TPU slices, under Slurm and on GKE the processes find each other; elsewhere each is started with
+--coordinator_address=HOST:PORT --num_processes=N --process_id=I.
+
 Exit status: 0 done, 2 a mistake in the configuration, 75 preempted and resumable (by SIGTERM or SIGINT, or by the
 watchdog because nothing moved), 1 anything else.
 """
@@ -20,7 +27,7 @@ from absl import flags
 
 from experiments.execution import read_study, run_to_status
 from experiments.flags import run_with_config
-from jaxmoe.config import ConfigError
+from jaxmoe.config import ConfigError, parse_mesh, to_dict
 
 if TYPE_CHECKING:
     from jaxmoe.scaling.study import Member
@@ -33,10 +40,17 @@ _RESUME = flags.DEFINE_enum(
     "resume", "auto", ["auto", "force"],
     "`force` goes on in a folder whose configuration differs from this one; `auto` refuses and shows the difference.",
 )
+_MESH = flags.DEFINE_string("mesh", None, "Preset and sizes of the mesh, such as fsdp_ep,expert=4.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several train together.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     """Runs the command; returns the exit status."""
+    if _MESH.value is not None:
+        config.mesh.update(to_dict(parse_mesh(_MESH.value)))
+        overridden = (*overridden, "mesh")
     study = read_study(config, overridden)
     only = None if _MEMBER.value is None else study.member(_MEMBER.value).name
     if _DRY_RUN.value:
@@ -47,6 +61,9 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     if _JSON.value:
         raise ConfigError("--json goes with --dry_run.")
 
+    from jaxmoe.processes import connect
+
+    connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     workdir = _WORKDIR.value or f"runs/{study.name}"
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
     return run_to_status(study, workdir, member=only, resume=_RESUME.value, command=command)

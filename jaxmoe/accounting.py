@@ -164,7 +164,9 @@ def memory_bytes(config: ModelConfig, train: TrainConfig) -> MemoryBytes:
     * and 2D for the final norm.
 
     Beside these, float32 and three times each (value, exponential, gradient): the logits of one chunk of the loss,
-    and one layer's attention scores of one block of queries. What XLA holds differs; for float32 on CPU the tests
+    and, with `attention="xla"`, one layer's scores of one block of queries. A flash kernel (`splash`, `cudnn`,
+    `triton`) holds no scores outside the chip; `triton` keeps a key and a value for every query head. `auto`, which
+    the device settles, is counted as `xla`, which holds most. What XLA holds differs; for float32 on CPU the tests
     see it within a factor of 1.6.
     """
     count = parameter_count(config).total
@@ -172,10 +174,11 @@ def memory_bytes(config: ModelConfig, train: TrainConfig) -> MemoryBytes:
     rows = train.batch_size // train.gradient_accumulation
     tokens = rows * train.sequence_length
     width, query, key = config.width, config.num_heads * config.head_size, config.kv_heads * config.head_size
+    saved_key = query if config.attention == "triton" else key
     routed = config.moe if config.num_moe_layers else None
 
     def whole(kind: str) -> float:
-        attention = 2 * (query + key) + 4 * config.num_heads / compute
+        attention = 2 * (query + saved_key) + 4 * config.num_heads / compute
         if kind == "dense":
             return 4 * width + attention + 3 * config.dense_hidden_size
         experts = 2 * routed.experts_per_token * routed.expert_hidden + 3 * routed.shared_expert_hidden
@@ -196,7 +199,9 @@ def memory_bytes(config: ModelConfig, train: TrainConfig) -> MemoryBytes:
     if config.remat != "none":
         layers += max(whole(kind) for kind in config.layer_kinds)
     logits = min(tokens * config.vocab_size, max(LOSS_CHUNK_LOGITS, rows * config.vocab_size))
-    scores = tokens * config.num_heads * attention_block(train.sequence_length)
+    scores = 0
+    if config.attention in ("auto", "xla"):
+        scores = tokens * config.num_heads * attention_block(train.sequence_length)
     activations = tokens * compute * (layers + 2 * width) + 12 * (logits + scores)
     return MemoryBytes(weights=4 * count, gradients=4 * count, optimizer=8 * count, activations=round(activations))
 

@@ -14,10 +14,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from jaxmoe.config import MESH_AXES, ConfigError, MeshConfig
+from jaxmoe.config import MESH_AXES, ConfigError, MeshConfig, RunConfig, check_mesh
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # activations
@@ -65,19 +67,33 @@ class Partitioning:
           shape: of the array.
         """
         names = (None,) * (len(shape) - len(axes)) + tuple(axes)
-        return PartitionSpec(*(self._mesh_axes(name, size) for name, size in zip(names, shape, strict=True)))
+        return PartitionSpec(*(self.mesh_axes(name, size) or None for name, size in zip(names, shape, strict=True)))
 
     def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
         """`spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
-    def _mesh_axes(self, name: str | None, size: int) -> tuple[str, ...] | None:
+    def mesh_axes(self, name: str | None, size: int) -> tuple[str, ...]:
+        """The axes of the mesh over which an axis of that name and size is spread; those of size 1 are left out."""
         chosen: tuple[str, ...] = ()
         for axis in RULES.get(name, ()):
             if size % self.size(*chosen, axis):
                 break
             chosen = (*chosen, axis)
-        return tuple(axis for axis in chosen if self.mesh.shape[axis] > 1) or None
+        return tuple(axis for axis in chosen if self.mesh.shape[axis] > 1)
+
+
+def rows_here(partitioning: Partitioning, rows: int) -> np.ndarray:
+    """Which rows of a batch of that many the devices of this process hold, in rising order."""
+    places = partitioning.sharding(("batch",), (rows,)).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[place] for place in places]))
+
+
+def placed(x: np.ndarray, partitioning: Partitioning | None, *axes: str | None) -> jax.Array:
+    """An array that every process has, over the mesh by the logical names of its axes; each device gets its part."""
+    if partitioning is None:
+        return jnp.asarray(x)
+    return jax.make_array_from_callback(x.shape, partitioning.sharding(axes, x.shape), lambda index: x[index])
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -125,6 +141,21 @@ def make_partitioning(config: MeshConfig, devices: Sequence[jax.Device] | None =
     """The partitioning over the mesh of a configuration; None on one device, where nothing is spread."""
     mesh = build_mesh(config, devices)
     return Partitioning(mesh) if mesh.size > 1 else None
+
+
+def partitioning_of_run(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Partitioning | None:
+    """`make_partitioning` of a run's mesh.
+
+    Args:
+      run: the configuration.
+      devices: None for all there are.
+
+    Raises:
+      ConfigError: the run does not fit the mesh, or the mesh the devices; nothing is allocated.
+    """
+    devices = jax.devices() if devices is None else devices
+    check_mesh(run.mesh.resolved(len(devices)), run.model, run.train)
+    return make_partitioning(run.mesh, devices)
 
 
 _IN_USE: contextvars.ContextVar[Partitioning | None] = contextvars.ContextVar("partitioning", default=None)

@@ -220,6 +220,17 @@ def test_activation_bytes_by_hand():
     assert memory_bytes(shared, TRAIN).activations == tokens * 4 * (layers + 2 * 16) + fixed
 
 
+def test_flash_kernels_hold_no_scores_and_triton_a_key_for_every_query_head():
+    config = small(num_kv_heads=2)
+    plain, kernel, repeated = (
+        memory_bytes(dataclasses.replace(config, attention=name), TRAIN).activations
+        for name in ("auto", "splash", "triton")
+    )
+    tokens, layers, head = 8 * 16, config.num_layers, config.head_size
+    assert plain - kernel == 12 * tokens * 4 * 16
+    assert repeated - kernel == tokens * layers * 4 * 2 * (4 - 2) * head
+
+
 @pytest.mark.parametrize("length", [1, 100, 128, 129, 1024, 1025, 4096])
 def test_the_attention_block_is_the_one_that_runs(length):
     assert attention_block(length) == query_blocks(length)[0][1]

@@ -41,7 +41,9 @@ class MoEConfig:
         T·K rows that come to it on average, T the tokens of one device. What finds no room, rows of later devices
         first, is not computed and counted as `overflow_fraction`. None is room for all that could come,
         P·T·min(K, E/P) rows, and is exact.
-      strict_buffer: a training step in which a row found no room ends the run with an error.
+      strict_buffer: a training step in which a row found no room is not applied, and ends the run with an error.
+      expert_overlap: a device takes its tokens in two halves, so that one half can travel while the other is computed.
+        On TPU the training step tells the compiler to let it. The buffer, too, is one for each half.
       backend: of `pallas_kernels`; `auto` picks by platform, once, and says which.
     """
 
@@ -60,6 +62,7 @@ class MoEConfig:
     capacity_factor: float | None = None
     expert_buffer_factor: float | None = None
     strict_buffer: bool = False
+    expert_overlap: bool = False
     backend: Literal["auto", "reference", "cpu", "tpu", "gpu", "ragged_dot"] = "auto"
 
     def __post_init__(self):

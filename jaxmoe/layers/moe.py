@@ -24,6 +24,9 @@ from jaxmoe.layers.router import Router, Routing
 from jaxmoe.layers.statistics import RouterStatistics
 from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use
 
+_WEIGHTS = {"gate_up": ("experts", "expert_width", None), "down": ("experts", None, "expert_width")}
+"""Logical axes of the experts' weights."""
+
 
 class MoE(nnx.Module):
     """K of E SwiGLU experts for every token, and a shared one for all of them if there is one.
@@ -36,7 +39,7 @@ class MoE(nnx.Module):
       experts_per_token: K, at most E.
       expert_hidden: F.
       score_order, renormalize, routed_scaling, shared_expert_hidden, router_dtype, capacity_factor,
-        expert_buffer_factor, backend: as in `jaxmoe.config.MoEConfig`.
+        expert_buffer_factor, expert_overlap, backend: as in `jaxmoe.config.MoEConfig`.
       init_std: of the router, gate and up weights.
       output_init_std: of the down weights; None for init_std.
       compute_dtype: of the experts' matrix products.
@@ -60,6 +63,7 @@ class MoE(nnx.Module):
         router_dtype: DTypeLike = "float32",
         capacity_factor: float | None = None,
         expert_buffer_factor: float | None = None,
+        expert_overlap: bool = False,
         backend: str = "auto",
         init_std: float = 0.02,
         output_init_std: float | None = None,
@@ -79,6 +83,7 @@ class MoE(nnx.Module):
             "shared_expert_hidden": shared_expert_hidden,
             "capacity_factor": capacity_factor,
             "expert_buffer_factor": expert_buffer_factor,
+            "expert_overlap": expert_overlap,
             "backend": backend,
         }
         checked = from_dict(MoEConfig, routing | others, "MoE")
@@ -97,16 +102,17 @@ class MoE(nnx.Module):
         self.experts_per_token = checked.experts_per_token
         self.capacity_factor = checked.capacity_factor
         self.expert_buffer_factor = checked.expert_buffer_factor
+        self.expert_overlap = checked.expert_overlap
         self.compute_dtype = compute_dtype
         self.router = Router(width, **{name: getattr(checked, name) for name in routing}, init_std=init_std, rngs=rngs)
         self.gate_up = normal_parameter(
-            rngs, (num_experts, width, 2 * expert_hidden), init_std, axes=("experts", "expert_width", None)
+            rngs, (num_experts, width, 2 * expert_hidden), init_std, axes=_WEIGHTS["gate_up"]
         )
         self.down = normal_parameter(
             rngs,
             (num_experts, expert_hidden, width),
             init_std if output_init_std is None else output_init_std,
-            axes=("experts", None, "expert_width"),
+            axes=_WEIGHTS["down"],
         )
         self.has_shared_expert = checked.shared_expert_hidden > 0
         if self.has_shared_expert:
@@ -137,6 +143,7 @@ class MoE(nnx.Module):
             router_dtype=moe.router_dtype,
             capacity_factor=moe.capacity_factor,
             expert_buffer_factor=moe.expert_buffer_factor,
+            expert_overlap=moe.expert_overlap,
             backend=moe.backend,
             init_std=config.init_std,
             output_init_std=residual_output_std(config),
@@ -221,12 +228,12 @@ class MoE(nnx.Module):
             mask = jnp.ones(x.shape[:-1], bool)
         axes = expert_parallel.expert_axes(partitioning, self.num_experts)
         capacity = self.capacity(math.prod(x.shape[:-1]))
-        names = {"gate_up": ("experts", "expert_width", None), "down": ("experts", None, "expert_width")}
         # Narrow before they are gathered, each device its part.
         weights = {
-            name: constrain(getattr(self, name)[...].astype(self.compute_dtype), *names[name]) for name in names
+            name: constrain(getattr(self, name)[...].astype(self.compute_dtype), *logical)
+            for name, logical in _WEIGHTS.items()
         }
-        weight_specs = {name: partitioning.spec(names[name], weights[name].shape) for name in names}
+        weight_specs = {name: partitioning.spec(_WEIGHTS[name], weight.shape) for name, weight in weights.items()}
         router_definition, router_state = nnx.split(self.router)
 
         def on_device(x, keep, router_state, weights):
@@ -235,19 +242,18 @@ class MoE(nnx.Module):
             with jax.named_scope("router"):
                 routing = nnx.merge(router_definition, router_state)(tokens)
             with jax.named_scope("plan"):
-                expert_index, dropped = routing.expert_index, jnp.zeros((), jnp.float32)
-                plan = pallas_kernels.make_plan(expert_index, self.num_experts, mask=keep)
-                statistics = self._statistics(routing, plan, keep)
+                plan = pallas_kernels.make_plan(routing.expert_index, self.num_experts, mask=keep)
+                statistics, dropped = self._statistics(routing, plan, keep), jnp.zeros((), jnp.float32)
                 if capacity is not None:
-                    expert_index, dropped = expert_parallel.within_capacity(plan, capacity, split, x.shape[0])
-                    plan = pallas_kernels.make_plan(expert_index, self.num_experts)
+                    kept, dropped = expert_parallel.within_capacity(plan, capacity, split, x.shape[0])
+                    plan = pallas_kernels.make_plan(kept, self.num_experts)
             with jax.named_scope("routed_mlp"):
-                y, overflowed = expert_parallel.routed_mlp(
+                in_parts = expert_parallel.halves if axes and self.expert_overlap else expert_parallel.routed_mlp
+                y, overflowed = in_parts(
                     tokens.astype(self.compute_dtype),
-                    expert_index,
                     routing.gate,
                     plan,
-                    *(expert_parallel.whole_experts(weights[name], weight_specs[name]) for name in names),
+                    *(expert_parallel.whole_experts(weights[name], weight_specs[name]) for name in _WEIGHTS),
                     axes=axes,
                     buffer_factor=self.expert_buffer_factor,
                     backend=self.backend,

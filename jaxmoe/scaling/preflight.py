@@ -16,6 +16,7 @@ from jaxmoe.accounting import readable_bytes
 from jaxmoe.config import ConfigError, config_hash, to_dict
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
 from jaxmoe.scaling.study import HEADLINE_SLICE, Member, Study
+from jaxmoe.sharding import partitioning_of_run
 from jaxmoe.storage import is_remote, read_json
 from jaxmoe.training import (
     CHECKPOINT_DIRECTORY,
@@ -40,7 +41,7 @@ def preflight(
     resume: Resume = "auto",
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Checks the study, its folder, its data and the disk, without training or building a model.
+    """Checks the study, its mesh, its folder, its data and the disk, without training or building a model.
 
     Args:
       study: checked whole.
@@ -60,6 +61,9 @@ def preflight(
         _check_same_study(workdir, study)
     for member in members:
         check_directory(workdir / member.name, member.config, resume)
+    for member in members:
+        with _naming(member):
+            partitioning_of_run(member.config)
     waiting = [member for member in members if not is_done(workdir / member.name, member)]
     for member in waiting:
         check_unused(workdir / member.name)

@@ -19,17 +19,19 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import jax
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, set_aside, write_records
+from jaxmoe.processes import is_first, of_first, together
 from jaxmoe.scaling.preflight import STUDY_FILE, Resume, is_done, preflight, read_done, study_file_contents
 from jaxmoe.scaling.study import Member, Study
 from jaxmoe.storage import as_path, is_remote, read_json, write_json
 from jaxmoe.training import (
     DONE_FILE,
     EvaluationContext,
+    LossSpikeError,
+    NonFiniteLossError,
     NoSpaceLeftError,
     ProgressReporter,
     StopRequest,
@@ -134,15 +136,16 @@ def _run_members(
 ) -> StudyResult:
     """`run_study` until a stop is requested."""
     cache_dir = None if is_remote(workdir) else os.fspath(workdir / CACHE_DIRECTORY)
-    preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
-    write_json(workdir / STUDY_FILE, study_file_contents(study, workdir, command))
+    with together():
+        if is_first():  # the others find what it has tokenized
+            preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
+            write_json(workdir / STUDY_FILE, study_file_contents(study, workdir, command))
     results: list[MemberResult] = []
-    if jax.device_count() > 1:
-        logger.warning("%d devices are here, and a run uses one of them: %s", jax.device_count(), jax.devices()[0])
     with _reporting(progress) as progress:
         finished = sum(member.config.train.steps for member in members if is_done(workdir / member.name, member))
         progress.study(sum(member.config.train.steps for member in members), finished)
         for member in members:
+            stop.agree()
             if stop.requested is not None and not is_done(workdir / member.name, member):
                 logger.info("stopped by %s before %s; run again to go on", stop.requested, member.name)
                 break
@@ -184,7 +187,7 @@ def run_member(
     """
     directory = epath.Path(study_dir) / member.name
     done = read_done(directory)
-    if done is not None and done["config_hash"] == config_hash(member.config):
+    if of_first(done is not None and done["config_hash"] == config_hash(member.config)):
         return MemberResult(member.name, "skipped", done["step"], done["loss"])
     labels = {
         "study": epath.Path(study_dir).name if study_name is None else study_name,
@@ -199,15 +202,17 @@ def run_member(
             logger.info("%s: %d records of an earlier configuration are in earlier_records now", member.name, moved)
 
     def evaluate(context: EvaluationContext) -> None:
-        set_aside_once()
-        write_records(directory, evaluate_all(context, labels))
+        records = evaluate_all(context, labels)
+        if is_first():
+            set_aside_once()
+            write_records(directory, records)
 
     result = train(
         member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume, stop=stop
     )
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
-    if not _has_records(directory, member.config):
+    if not of_first(_has_records(directory, member.config)):
         if stop is not None and stop.requested is not None:
             return MemberResult(member.name, "resumable", result.step, result.loss)
         context = checkpoint_context(member.config, directory, cache_dir=cache_dir)
@@ -222,7 +227,8 @@ def run_member(
         "config_hash": config_hash(member.config),
         **({} if result.resumed is None else result.resumed.fields()),
     }
-    write_json(directory / DONE_FILE, done)
+    if is_first():
+        write_json(directory / DONE_FILE, done)
     return MemberResult(member.name, "done", result.step, result.loss)
 
 
@@ -240,10 +246,14 @@ def _attempt(
         return run_member(
             member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
         )
-    except (ConfigError, TrainingError) as error:
-        fatal = isinstance(error, NoSpaceLeftError)
-        return MemberResult(member.name, "failed", error=str(error), fatal=fatal)
+    except (ConfigError, NonFiniteLossError, LossSpikeError) as error:
+        return MemberResult(member.name, "failed", error=str(error))
     except Exception as error:
+        if not alone():
+            raise  # the other processes are in the midst of a step, or of a checkpoint, and end with this one
+        if isinstance(error, TrainingError):
+            fatal = isinstance(error, NoSpaceLeftError)
+            return MemberResult(member.name, "failed", error=str(error), fatal=fatal)
         logger.exception("%s failed", member.name)
         return MemberResult(member.name, "failed", error=f"{type(error).__name__}: {error}")
 
@@ -261,5 +271,5 @@ def _reporting(progress: ProgressReporter | None) -> Iterator[ProgressReporter]:
     if progress is not None:
         yield progress
         return
-    with ProgressReporter() as own:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, ProgressReporter(None if is_first() else nowhere) as own:
         yield own

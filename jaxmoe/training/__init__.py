@@ -4,6 +4,7 @@ from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import (
+    BufferOverflowError,
     CheckpointError,
     EvaluationStopped,
     LossSpikeError,
@@ -30,6 +31,7 @@ __all__ = [
     "DONE_FILE",
     "METRICS_FILE",
     "THROUGHPUT_FILE",
+    "BufferOverflowError",
     "CheckpointError",
     "Checkpoints",
     "EvaluationContext",

@@ -12,23 +12,24 @@ from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
 import jax
-import numpy as np
 from etils import epath
 
 from jaxmoe.accounting import flops_per_token
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.data import Mixture
+from jaxmoe.processes import is_first, together
+from jaxmoe.sharding import Partitioning, partitioning_of_run, rows_here
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.bad_steps import is_bad, judge_bad_step
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import EvaluationStopped, TrainingError, explain_no_space
 from jaxmoe.training.exclusive import exclusive
-from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
+from jaxmoe.training.metrics import MetricsLog, NoLog, Throughput, plain_number
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.state import init_state
-from jaxmoe.training.step import Metrics, make_train_step
+from jaxmoe.training.step import Metrics, make_train_step, place_batch
 from jaxmoe.training.watchdog import Watchdog
 from jaxmoe.training.workdir import Resume, check_contents, check_directory, claim_directory, training_hash
 
@@ -94,21 +95,27 @@ def train(
     Where nothing moves for `run.train.watchdog_minutes`, the process ends; see `jaxmoe.training.watchdog`.
     """
     directory = epath.Path(directory)
-    if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} JAX processes are connected; a run is trained by one.")
-    check_directory(directory, run, resume)
-    mixture = Mixture.of_run(run, cache_dir=cache_dir)
+    with together():
+        partitioning = partitioning_of_run(run)
+        check_directory(directory, run, resume)
+        rows = None if partitioning is None else rows_here(partitioning, run.train.batch_size)
+        mixture = Mixture.of_run(run, rows=rows, cache_dir=cache_dir)
     with contextlib.ExitStack() as stack:
         if jax.default_backend() == "cpu":
             stack.enter_context(reuse_freed_memory())
         if stop is None:
             stop = stack.enter_context(StopRequest())
-        stack.enter_context(exclusive(directory))
+        with together():
+            if is_first():
+                stack.enter_context(exclusive(directory))
         watchdog = stack.enter_context(Watchdog(directory, run.train.watchdog_minutes))
         keep = run.train.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, keep))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))
-        return _Loop(run, directory, mixture, checkpoints, resume, stop, watchdog, on_evaluate, progress).run_to_end()
+        loop = _Loop(
+            run, directory, mixture, partitioning, checkpoints, resume, stop, watchdog, on_evaluate, progress
+        )
+        return loop.run_to_end()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +124,7 @@ class _InFlight:
 
     step: int
     metrics: Metrics
-    tokens: int
+    stop: jax.Array | None
 
 
 class _Loop:
@@ -128,6 +135,7 @@ class _Loop:
         run: RunConfig,
         directory: epath.Path,
         mixture: Mixture,
+        partitioning: Partitioning | None,
         checkpoints: Checkpoints,
         resume: Resume,
         stop: StopRequest,
@@ -139,25 +147,29 @@ class _Loop:
         self._checkpoints, self._stop, self._watchdog = checkpoints, stop, watchdog
         self._on_evaluate, self._progress = on_evaluate, progress
         self._source_names, self._contents = mixture.source_names, mixture.contents()
-        self._graphdef, self._state = init_state(run)
+        self._partitioning = partitioning
+        self._graphdef, self._state = init_state(run, partitioning)
         self._step, self._loss, self._resumed, evaluated = 0, None, None, True
         restored = checkpoints.restore(self._state)
         if restored is not None:
             self._state, self._step = restored.state, restored.step
             self._loss, evaluated = restored.metadata["loss"], restored.metadata["evaluated"]
-            self._check_resumable()
-            check_directory(directory, run, resume, step=self._step)
             found = restored.metadata["data"].get("contents")
-            check_contents(directory, run, found, self._contents, self._step, resume)
+            with together():
+                self._check_resumable()
+                check_directory(directory, run, resume, step=self._step)
+                check_contents(directory, run, found, self._contents, self._step, resume)
             self._resumed = Resumed.of_checkpoint(run, self._step, restored.metadata, mixture)
         if self._resumed is not None:
             logger.warning("%s: %s", run.name, self._resumed)
-        claim_directory(directory, run)
+        if is_first():
+            claim_directory(directory, run)
+        self._stop.agree()
         self._evaluation_due = not evaluated
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         flops = flops_per_token(run.model, run.train.sequence_length).training
         self._throughput = Throughput(flops, run.train.batch_size * run.train.sequence_length)
-        self._log = MetricsLog(directory, self._step, self._source_names)
+        self._log = MetricsLog(directory, self._step, self._source_names) if is_first() else NoLog()
 
     def run_to_end(self) -> TrainResult:
         """Trains, evaluates and saves until the run is done or a signal asks to stop."""
@@ -181,19 +193,19 @@ class _Loop:
 
     def _train_on(self) -> None:
         run, steps = self._run, self._run.train.steps
-        train_step = make_train_step(run.model, run.train, len(self._source_names))
+        train_step = make_train_step(run.model, run.train, len(self._source_names), self._partitioning)
         evaluations = frozenset(run.evaluation.steps_of(steps))
         window = averaging_window(run.train, len(evaluations))
         window_starts = {step - window for step in evaluations}
         batches = self._mixture.iterator(self._step)
         try:
             while self._step < steps and self._stop.requested is None:
-                batch = next(batches)
+                batch = place_batch(next(batches), self._partitioning, run.train.batch_size)
                 if self._step in window_starts:
                     self._state = dataclasses.replace(self._state, recent=self._state.recent.cleared())
                 self._state, metrics = train_step(self._state, batch)
                 self._step += 1
-                self._in_flight.append(_InFlight(self._step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
+                self._in_flight.append(_InFlight(self._step, metrics, self._stop.ask()))
                 self._observe(_STEPS_IN_FLIGHT)
                 self._checkpoints.raise_if_failed()
                 self._evaluation_due = self._step in evaluations
@@ -211,7 +223,8 @@ class _Loop:
             oldest = self._in_flight.popleft()
             jax.block_until_ready(oldest.metrics)
             self._watchdog.step(oldest.step)
-            self._throughput.observe(time.perf_counter(), oldest.tokens)
+            self._throughput.observe(time.perf_counter(), int(oldest.metrics["tokens"]))
+            self._stop.learn(oldest.stop)
             bad = is_bad(oldest.metrics)
             failure = judge_bad_step(self._run, oldest.step, oldest.metrics) if bad else None
             self._loss = plain_number(oldest.metrics["loss"])
@@ -235,8 +248,9 @@ class _Loop:
         self._settle()
         if self._on_evaluate is not None:
             context = evaluation_context(
-                self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed, self._stop
-            )
+                self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed, self._stop,
+                self._partitioning,
+            )  # fmt: skip
             try:
                 with self._watchdog.patient(f"evaluating step {self._step}"):
                     self._on_evaluate(context)

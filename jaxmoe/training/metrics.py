@@ -217,6 +217,19 @@ class MetricsLog:
             self._tensorboard.close()
 
 
+class NoLog:
+    """What `MetricsLog` is in the other processes of a run: nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, Any], throughput: Mapping[str, Any] | None) -> None:
+        """Writes nothing."""
+
+    def flush(self) -> None:
+        """Writes nothing."""
+
+    def close(self) -> None:
+        """Writes nothing."""
+
+
 def _event_file(directory: epath.Path, after: int) -> EventFile | None:
     """TensorBoard's file; None, and a line in the log that says why, where there can be none."""
     if is_remote(directory):

@@ -10,13 +10,19 @@ import threading
 from types import FrameType
 from typing import Literal
 
+from jaxtyping import Array
+
 from jaxmoe.exit_status import RESUMABLE
+from jaxmoe.processes import alone, highest
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
     """Within `with StopRequest() as stop:`, the first SIGTERM or SIGINT sets `stop.requested`.
+
+    Where several processes train a run, a signal to any of them stops all, at the same point: `requested` is what they
+    last agreed on, by `ask` and `learn`, or by `agree`, which all of them have to call.
 
     The handlers that were there before are put back at the end. Outside the main thread signals cannot be caught; then
     nothing is ever requested.
@@ -28,12 +34,37 @@ class StopRequest:
     """
 
     def __init__(self, *, second: Literal["raise", "exit"] = "raise"):
-        self.requested: str | None = None
-        """Name of the signal, such as `SIGTERM`; None as long as there was none."""
+        self._signal: str | None = None
+        self._agreed: str | None = None
         self._second = second
         self._previous: dict[signal.Signals, object] = {}
         self._wakeup: socket.socket | None = None
         self._previous_wakeup = -1
+
+    @property
+    def requested(self) -> str | None:
+        """Name of the signal, such as `SIGTERM`; None as long as there was none."""
+        return self._signal if alone() else self._agreed
+
+    @requested.setter
+    def requested(self, name: str | None) -> None:
+        self._signal = name
+
+    def ask(self) -> Array | None:
+        """Asks all processes whether one was signalled; the answer is for `learn`, and on its way meanwhile."""
+        if alone():
+            return None
+        return highest(0 if self._signal is None else signal.Signals[self._signal].value)
+
+    def learn(self, answer: Array | None) -> None:
+        """Waits for the answer of `ask`: from now on `requested` is the same in all processes."""
+        if answer is not None and self._agreed is None:
+            number = int(answer)
+            self._agreed = signal.Signals(number).name if number else None
+
+    def agree(self) -> None:
+        """`ask`, and `learn` the answer."""
+        self.learn(self.ask())
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -53,9 +84,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.requested is not None and self._second == "raise":
+        if self._signal is not None and self._second == "raise":
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
 
     def _listen(self) -> None:
         """Has each signal's number written to a socket when it arrives, whatever the main thread does."""

@@ -53,7 +53,9 @@ class RecentSums:
 
     def cleared(self) -> RecentSums:
         """Zeros in the same places."""
-        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), self)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, x.sharding, lambda _: np.zeros(x.shape, x.dtype)), self
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -127,9 +129,10 @@ def state_shardings(state: TrainState, partitioning: Partitioning) -> TrainState
     return jax.tree.map(placed, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def abstract_state(run: RunConfig, partitioning: Partitioning | None = None) -> TrainState:
-    """The state of a run as shapes, dtypes and, on a mesh, shardings. Nothing is allocated."""
-    return _abstract_state(run.model, relevant_to_step(run.train), len(run.data.sources), partitioning)
+def abstract_state(run: RunConfig, partitioning: Partitioning | None = None) -> tuple[nnx.GraphDef, TrainState]:
+    """`init_state` without the arrays: shapes, types and where each is to go. Nothing is allocated."""
+    state = _abstract_state(run.model, relevant_to_step(run.train), len(run.data.sources), partitioning)
+    return model_graph(run.model), state
 
 
 def abstract_shardings(
@@ -145,11 +148,11 @@ def _abstract_state(
 ) -> TrainState:
     shapes = jax.eval_shape(functools.partial(initial_state, model, train, num_sources), jax.random.key(0))
     if partitioning is None:
-        return shapes
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    else:
+        shardings = state_shardings(shapes, partitioning)
     return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        state_shardings(shapes, partitioning),
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
     )
 
 
@@ -182,8 +185,10 @@ def init_state(run: RunConfig, partitioning: Partitioning | None = None) -> tupl
     """
     initialize = _initializer(run.model, relevant_to_step(run.train), len(run.data.sources), partitioning)
     state = initialize(jax.random.key(run.seed))
-    # Committed to their devices, as restored arrays are, so that a step is not compiled again for those.
-    return model_graph(run.model), jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    if partitioning is None:
+        # Committed to their device, as restored arrays are, so that a step is not compiled again for those.
+        state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    return model_graph(run.model), state
 
 
 def relevant_to_step(config: TrainConfig) -> TrainConfig:

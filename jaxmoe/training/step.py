@@ -19,8 +19,9 @@ from jaxtyping import Array, Float
 
 from jaxmoe.config import ModelConfig, TrainConfig
 from jaxmoe.layers import RouterStatistics, auxiliary_losses, load_metrics
+from jaxmoe.layers.expert_parallel import compiler_options
 from jaxmoe.models import Decoder, language_model_loss
-from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use, use_partitioning
+from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use, rows_here, use_partitioning
 from jaxmoe.training.optimizer import make_optimizer
 from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.spikes import find_spike
@@ -116,7 +117,7 @@ def make_train_step(
     * those of `jaxmoe.training.spikes.find_spike` if the run looks for spikes.
 
     A step whose total loss or gradient norm is not finite changes nothing but the counters; nor does a loss spike
-    where `spike_action` is `skip` or `stop`.
+    where `spike_action` is `skip` or `stop`, nor with `strict_buffer` one in which a row found no room.
 
     Args:
       model: of the run.
@@ -155,6 +156,8 @@ def _compiled_step(
         spikes, leave_out, spike_metrics = find_spike(state.spikes, losses["loss"], train)
         if leave_out is not None:
             accept &= ~leave_out
+        if sums.router is not None and model.moe.strict_buffer:
+            accept &= sums.router.overflowed.sum() == 0
         with jax.named_scope("update"):
             number = state.step + 1
             updates, opt_state = optimizer.update(
@@ -200,24 +203,37 @@ def _compiled_step(
     # Pinned: left to itself, the compiler may return moments spread otherwise than they came.
     shardings = abstract_shardings(model, train, num_sources, partitioning)
     everywhere = partitioning.sharding((), ())
-    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(shardings, everywhere))
+    overlapped = model.moe is not None and model.moe.expert_overlap
+    return jax.jit(
+        step_on_mesh,
+        donate_argnums=0,
+        out_shardings=(shardings, everywhere),
+        compiler_options=compiler_options(partitioning) if overlapped else None,
+    )
 
 
-def place_batch(batch: Batch, partitioning: Partitioning | None = None) -> Batch:
-    """This process's rows of a batch as arrays over the mesh, in the order of the processes.
+def place_batch(batch: Batch, partitioning: Partitioning | None = None, batch_size: int | None = None) -> Batch:
+    """A batch as arrays over the mesh, of which this process has, and gives, the rows that its devices hold.
 
     Args:
-      batch: as `jaxmoe.data.Mixture` makes it, all rows of this process.
+      batch: as `jaxmoe.data.Mixture` makes it, of the rows that `jaxmoe.sharding.rows_here` names.
       partitioning: None leaves the batch as it is.
+      batch_size: B, over all processes; None where there is one.
     """
     if partitioning is None:
         return batch
-    rows = jax.process_count()
+    batch_size = len(batch["source"]) if batch_size is None else batch_size
+    here = rows_here(partitioning, batch_size)
 
-    def place(x: Any) -> Array:
-        shape = (x.shape[0] * rows, *x.shape[1:])
-        sharding = partitioning.sharding(_BATCH_AXES[: x.ndim], shape)
-        return jax.make_array_from_process_local_data(sharding, x, shape)
+    def place(x: np.ndarray) -> Array:
+        shape = (batch_size, *x.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(here, start))
+            return x[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback(shape, partitioning.sharding(_BATCH_AXES[: x.ndim], shape), part)
 
     return {key: place(np.asarray(batch[key])) for key in _BATCH_KEYS}
 
