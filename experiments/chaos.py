@@ -46,7 +46,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     """Runs the command; returns the exit status."""
-    study = read_study(config, overridden, _MEMBER.value)
+    study = read_study(config, overridden)
     member = study.member(_MEMBER.value or study.members[0].name)
     steps = member.config.train.steps
     unknown = [name for name in _SIGNALS.value if name not in SIGNALS]

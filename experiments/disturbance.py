@@ -104,7 +104,7 @@ class MemberProcess:
     def __init__(self, study: Study, member: str, workdir: str, log: pathlib.Path):
         context = multiprocessing.get_context("spawn")  # a fresh interpreter: JAX does not survive a fork
         self._reports, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_train, args=(study, member, workdir, theirs, log), daemon=True)
+        self._process = context.Process(target=_train, args=(study, member, workdir, theirs, log))
         self._process.start()
         theirs.close()
         self.ready_at: float | None = None
@@ -117,7 +117,7 @@ class MemberProcess:
             try:
                 if self._reports.poll(poll_seconds):
                     self._note(*self._reports.recv())
-            except EOFError:
+            except (EOFError, OSError):  # between two reports, or within one
                 return False
         return True
 

@@ -20,24 +20,21 @@ if TYPE_CHECKING:
     from jaxmoe.training import ProgressReporter
 
 
-def read_study(config: ml_collections.ConfigDict, overridden: tuple[str, ...], member: str | None = None) -> Study:
+def read_study(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> Study:
     """The study of a configuration, checked.
 
     Args:
       config: of the `--config` flag.
       overridden: the dotted keys that the command line set.
-      member: that `--member` names, if it is given.
 
     Raises:
-      ConfigError: a mistake in it, an override without effect, no such member.
+      ConfigError: a mistake in it, or an override without effect.
     """
     from jaxmoe.scaling.study import Study
 
     study = Study.from_config_dict(config)
     _refuse_overrides_without_effect(config, overridden)
     study.check()
-    if member is not None:
-        study.member(member)
     return study
 
 

@@ -51,7 +51,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     if _MESH.value is not None:
         config.mesh.update(to_dict(parse_mesh(_MESH.value)))
         overridden = (*overridden, "mesh")
-    study = read_study(config, overridden, _MEMBER.value)
+    study = read_study(config, overridden)
     only = None if _MEMBER.value is None else study.member(_MEMBER.value).name
     if _DRY_RUN.value:
         members = [member for member in study.members if only in (None, member.name)]

@@ -39,8 +39,8 @@ def small(**changes) -> ModelConfig:
     return ModelConfig(**settings)
 
 
-def moe(experts: int, k: int = 2) -> MoEConfig:
-    return MoEConfig(num_experts=experts, experts_per_token=k, expert_hidden=12)
+def moe(experts: int, k: int = 2, shared: int = 0) -> MoEConfig:
+    return MoEConfig(num_experts=experts, experts_per_token=k, expert_hidden=12, shared_expert_hidden=shared)
 
 
 GRID = {
@@ -50,6 +50,7 @@ GRID = {
     "E=0": small(moe=MoEConfig(num_experts=0)),
     "no moe": small(),
     "default dense_hidden": small(moe=moe(4), dense_hidden=None, first_dense_layers=2),
+    "shared expert": small(moe=moe(8, shared=20), first_dense_layers=1),
     "tied": small(moe=moe(8), tie_embeddings=True),
     "tied dense": small(tie_embeddings=True),
     "grouped-query": small(moe=moe(8), num_kv_heads=2, head_dim=6),
@@ -85,9 +86,9 @@ def test_counts_equal_the_built_model(name):
     built = dict.fromkeys([*COMPONENTS, "mlp"], 0)
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         built[component_of(path)] += leaf.size
-    assert built.pop("mlp") == count.components["experts"] + count.components["dense_mlp"]
+    assert built.pop("mlp") == sum(count.components[name] for name in ("experts", "shared_experts", "dense_mlp"))
     for component, parameters in built.items():
-        if component not in ("experts", "dense_mlp"):
+        if component not in ("experts", "shared_experts", "dense_mlp"):
             assert count.components[component] == parameters, component
     assert count.total == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     if config.num_moe_layers == 0:
@@ -156,13 +157,14 @@ def test_approximate_flops_of_the_study():
 
 
 def test_exact_flops_by_hand():
-    config = small(moe=moe(8), first_dense_layers=1, num_kv_heads=2)
+    config = small(moe=moe(8, shared=20), first_dense_layers=1, num_kv_heads=2)
     flops = flops_per_token(config, sequence_length=10)
     assert flops.components == {
         "projections": 5 * 2 * 16 * (16 + 8 + 8 + 16),
         "attention": 5 * 2 * 2 * 16 * 10,
         "router": 4 * 2 * 16 * 8,
         "experts": 4 * 2 * 2 * 3 * 16 * 12,
+        "shared_experts": 4 * 2 * 3 * 16 * 20,
         "dense_mlp": 2 * 3 * 16 * 24,
         "head": 2 * 16 * 40,
     }
@@ -213,6 +215,20 @@ def test_activation_bytes_by_hand():
     dots = dataclasses.replace(config, remat="dots")
     layers = 5 * (2 * 16 + 3 * 16) + 2 * 2 * 24 + 3 * 8
     assert memory_bytes(dots, TRAIN).activations == tokens * 4 * (layers + recomputed + 2 * 16) + fixed
+    shared = small(moe=moe(8, shared=20), first_dense_layers=2)
+    layers = 5 * (4 * 16 + attention) + 2 * dense + 3 * (routed + 3 * 20)
+    assert memory_bytes(shared, TRAIN).activations == tokens * 4 * (layers + 2 * 16) + fixed
+
+
+def test_flash_kernels_hold_no_scores_and_triton_a_key_for_every_query_head():
+    config = small(num_kv_heads=2)
+    plain, kernel, repeated = (
+        memory_bytes(dataclasses.replace(config, attention=name), TRAIN).activations
+        for name in ("auto", "splash", "triton")
+    )
+    tokens, layers, head = 8 * 16, config.num_layers, config.head_size
+    assert plain - kernel == 12 * tokens * 4 * 16
+    assert repeated - kernel == tokens * layers * 4 * 2 * (4 - 2) * head
 
 
 @pytest.mark.parametrize("length", [1, 100, 128, 129, 1024, 1025, 4096])

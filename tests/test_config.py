@@ -158,6 +158,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_do():
     assert "num_kv_heads=1" in mesh_error(MeshConfig(fsdp=1, tensor=2), num_kv_heads=1)
     assert "data x fsdp x expert = 8, or batch_size = 16" in mesh_error(MeshConfig(data=16, fsdp=1))
     assert "context x tensor = 2 or 4" in mesh_error(MeshConfig(fsdp=1, context=3))
+    assert "context=16 devices; choose a multiple of 32" in mesh_error(MeshConfig(fsdp=1, context=16))
 
 
 def test_micro_batches_are_what_a_mesh_divides():

@@ -130,6 +130,12 @@ def check_mesh(mesh: MeshConfig, model: ModelConfig, train: TrainConfig) -> None
         _check_divides(model.dense_hidden_size, "dense_hidden", mesh, "tensor")
     _check_divides(model.width, "width", mesh, "fsdp")
     _check_divides(train.sequence_length, "sequence_length", mesh, "context", "tensor")
+    chunks = 2 * mesh.context
+    require(
+        mesh.context == 1 or train.sequence_length % chunks == 0,
+        f"mesh: sequence_length={train.sequence_length} cannot be divided into the two chunks that attention gives "
+        f"each of context={mesh.context} devices; choose a multiple of {chunks}.",
+    )
     rows = train.batch_size // train.gradient_accumulation
     parts = ("data", "fsdp", "expert")
     name = "batch_size" if train.gradient_accumulation == 1 else "batch_size / gradient_accumulation"

@@ -245,15 +245,22 @@ class Mixture:
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of 0-based global step `step`."""
-        owner, numbers = self._pattern(step * self.batch_size + self.rows)
-        batch: Batch = {}
+        return self.batches(step, 1)[0]
+
+    def batches(self, first_step: int, count: int) -> list[Batch]:
+        """The batches of `count` steps from `first_step` on; made together, small ones cost less."""
+        share = len(self.rows)
+        starts = np.arange(first_step, first_step + count, dtype=np.int64) * self.batch_size
+        owner, numbers = self._pattern((starts[:, None] + self.rows).ravel())
+        together: Batch = {}
         for index in np.unique(owner):
             chosen = np.flatnonzero(owner == index)
             for key, values in self.sources[index].rows(numbers[chosen]).items():
-                if key not in batch:
-                    batch[key] = np.empty((len(self.rows), *values.shape[1:]), values.dtype)
-                batch[key][chosen] = values
-        return batch
+                if key not in together:
+                    together[key] = np.empty((len(owner), *values.shape[1:]), values.dtype)
+                together[key][chosen] = values
+        parts = [slice(start, start + share) for start in range(0, len(owner), share)]
+        return [{key: values[part] for key, values in together.items()} for part in parts]
 
     def accounting(self, steps: int | None = None) -> dict[str, SourceAccount]:
         """Rows, tokens and epochs of each source in the first `steps` steps (None: all), over all hosts."""

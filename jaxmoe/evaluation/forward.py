@@ -60,7 +60,7 @@ class Evaluator:
           nats per position, and whether the likeliest token is the target; 0 and False on padding.
 
         Raises:
-          RuntimeError: a router dropped an assignment, which an evaluation never may.
+          RuntimeError: an assignment was dropped or found no room in a buffer, which in an evaluation none may.
         """
         arrays = {
             name: placed(batch[name], self._partitioning, "batch", "sequence")
@@ -71,6 +71,11 @@ class Evaluator:
             statistics = jax.device_get(statistics)
             if np.sum(statistics.dropped) > 0:
                 raise RuntimeError(f"evaluation dropped {np.sum(statistics.dropped):.0f} expert assignments.")
+            if np.sum(statistics.overflowed) > 0:
+                raise RuntimeError(
+                    f"in an evaluation {np.sum(statistics.overflowed):.0f} expert assignments found no room in buffers "
+                    f"of moe.expert_buffer_factor times the mean; give a larger factor, or None."
+                )
             self.statistics = statistics if self.statistics is None else self.statistics + statistics
         return np.asarray(loss), np.asarray(correct)
 

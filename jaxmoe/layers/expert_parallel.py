@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,6 @@ def received_rows_bound(tokens: int, k: int, num_experts: int, devices: int, fac
 
 def routed_mlp(
     x: Float[Array, "T D"],
-    expert_index: Int[Array, "T K"],
     gate: Float[Array, "T K"],
     plan: pallas_kernels.Plan,
     gate_up: Float[Array, "local D F2"],
@@ -127,8 +127,8 @@ def routed_mlp(
 
     Args:
       x: the device's tokens.
-      expert_index, gate: as routed, of all E.
-      plan: of these, over all E.
+      gate: as routed.
+      plan: over all E.
       gate_up, down: the device's experts.
       axes: of the expert group; none: every device has all experts.
       buffer_factor: as `expert_buffer_factor` of `jaxmoe.config.MoEConfig`.
@@ -138,13 +138,13 @@ def routed_mlp(
       The outputs, and how many of the device's assignments found no room: they add nothing to the outputs.
     """
     if not axes:
-        y = pallas_kernels.moe_mlp(x, expert_index, gate, gate_up, down, plan=plan, backend=backend)
+        y = pallas_kernels.moe_mlp(x, plan.expert, gate, gate_up, down, plan=plan, backend=backend)
         return y, jnp.zeros((), jnp.float32)
-    tokens, k = expert_index.shape
+    tokens, k = gate.shape
     devices = jax.lax.axis_size(axes)
     room = received_rows_bound(tokens, k, plan.num_experts, devices, buffer_factor)
     with jax.named_scope("sizes"):
-        slices, local_expert, overflowed = _agreed(plan.group_sizes, room, axes)
+        slices, local_expert, overflowed = agreed_slices(plan.group_sizes, room, axes)
     with jax.named_scope("send"):
         rows = pallas_kernels.dispatch(x, plan, backend=backend)
         received = exchange(rows, slices, room, axes)
@@ -159,7 +159,31 @@ def routed_mlp(
     return y, overflowed
 
 
-def _agreed(
+def halves(
+    x: Float[Array, "T D"],
+    gate: Float[Array, "T K"],
+    plan: pallas_kernels.Plan,
+    gate_up: Float[Array, "local D F2"],
+    down: Float[Array, "local F D"],
+    **settings: Any,
+) -> tuple[Float[Array, "T D"], Float[Array, ""]]:
+    """`routed_mlp` of the first tokens and of the others, neither waiting for the other. Arguments are the same."""
+    middle = x.shape[0] // 2
+    parts = []
+    for part in (slice(0, middle), slice(middle, None)) if middle else (slice(None),):
+        own = pallas_kernels.make_plan(plan.expert[part], plan.num_experts)
+        parts.append(routed_mlp(x[part], gate[part], own, gate_up, down, **settings))
+    outputs, overflowed = zip(*parts, strict=True)
+    return jnp.concatenate(outputs), sum(overflowed)
+
+
+def compiler_options(partitioning: Partitioning) -> dict[str, str]:
+    """What lets exchanges run beside products: XLA:TPU (libtpu 0.0.42) makes them wait for each other unless told."""
+    on_tpu = partitioning.mesh.devices.flat[0].platform == "tpu"
+    return {"xla_tpu_enable_async_ragged_all_to_all": "true"} if on_tpu else {}
+
+
+def agreed_slices(
     group_sizes: Int[Array, " E"], room: int, axes: Axes
 ) -> tuple[Slices, Int[Array, " M"], Float[Array, ""]]:
     """What this device sends and receives, from the sizes of all, which are all that is exchanged for it.

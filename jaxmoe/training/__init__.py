@@ -4,6 +4,7 @@ from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import (
+    BufferOverflowError,
     CheckpointError,
     EvaluationStopped,
     LossSpikeError,
@@ -18,7 +19,8 @@ from jaxmoe.training.optimizer import decay_mask, make_optimizer
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.signals import StopRequest
-from jaxmoe.training.state import TrainState, init_state
+from jaxmoe.training.start import read_parameters, state_with_parameters, write_start
+from jaxmoe.training.state import TrainState, abstract_state, init_state
 from jaxmoe.training.step import make_train_step
 from jaxmoe.training.watchdog import Watchdog
 from jaxmoe.training.workdir import CONFIG_FILE, DONE_FILE, check_directory, claim_directory
@@ -29,6 +31,7 @@ __all__ = [
     "DONE_FILE",
     "METRICS_FILE",
     "THROUGHPUT_FILE",
+    "BufferOverflowError",
     "CheckpointError",
     "Checkpoints",
     "EvaluationContext",
@@ -43,6 +46,7 @@ __all__ = [
     "TrainState",
     "TrainingError",
     "Watchdog",
+    "abstract_state",
     "averaging_window",
     "check_directory",
     "check_format",
@@ -54,6 +58,9 @@ __all__ = [
     "learning_rate_schedule",
     "make_optimizer",
     "make_train_step",
+    "read_parameters",
     "reuse_freed_memory",
+    "state_with_parameters",
     "train",
+    "write_start",
 ]

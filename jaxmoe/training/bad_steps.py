@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxmoe.config import RunConfig
-from jaxmoe.training.errors import LossSpikeError, NonFiniteLossError, TrainingError
+from jaxmoe.training.errors import BufferOverflowError, LossSpikeError, NonFiniteLossError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,14 @@ def judge_bad_step(run: RunConfig, step: int, metrics: Mapping[str, Any]) -> Fai
     spike, in_a_row = bool(metrics.get("spike", False)), int(metrics["skipped_in_a_row"])
     train = run.train
     loss, batch = float(metrics["loss"]), f"the batch of global step {step - 1}"
+    overflow = float(metrics.get("overflow_fraction", 0.0))
+    if overflow and run.model.moe.strict_buffer:
+        factor = run.model.moe.expert_buffer_factor
+        return lambda checkpoint: BufferOverflowError(
+            f"step {step} was not applied: {100 * overflow:.3g} % of its expert assignments found no room in buffers "
+            f"of expert_buffer_factor={factor:g} times the mean, and strict_buffer=True. {checkpoint} Give "
+            "model.moe.expert_buffer_factor a larger number, or None for room for all rows that could come."
+        )
     if spike:
         found = (
             f"loss {loss:.6g} on {batch} is above {float(metrics['spike_limit']):.6g}, the median of the last "

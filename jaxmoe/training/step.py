@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.config import ModelConfig, TrainConfig
 from jaxmoe.layers import RouterStatistics, auxiliary_losses, load_metrics
+from jaxmoe.layers.expert_parallel import compiler_options
 from jaxmoe.models import Decoder, language_model_loss
 from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use, rows_here, use_partitioning
 from jaxmoe.training.optimizer import make_optimizer
@@ -116,7 +117,7 @@ def make_train_step(
     * those of `jaxmoe.training.spikes.find_spike` if the run looks for spikes.
 
     A step whose total loss or gradient norm is not finite changes nothing but the counters; nor does a loss spike
-    where `spike_action` is `skip` or `stop`.
+    where `spike_action` is `skip` or `stop`, nor with `strict_buffer` one in which a row found no room.
 
     Args:
       model: of the run.
@@ -155,6 +156,8 @@ def _compiled_step(
         spikes, leave_out, spike_metrics = find_spike(state.spikes, losses["loss"], train)
         if leave_out is not None:
             accept &= ~leave_out
+        if sums.router is not None and model.moe.strict_buffer:
+            accept &= sums.router.overflowed.sum() == 0
         with jax.named_scope("update"):
             number = state.step + 1
             updates, opt_state = optimizer.update(
@@ -200,7 +203,13 @@ def _compiled_step(
     # Pinned: left to itself, the compiler may return moments spread otherwise than they came.
     shardings = abstract_shardings(model, train, num_sources, partitioning)
     everywhere = partitioning.sharding((), ())
-    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(shardings, everywhere))
+    overlapped = model.moe is not None and model.moe.expert_overlap
+    return jax.jit(
+        step_on_mesh,
+        donate_argnums=0,
+        out_shardings=(shardings, everywhere),
+        compiler_options=compiler_options(partitioning) if overlapped else None,
+    )
 
 
 def place_batch(batch: Batch, partitioning: Partitioning | None = None, batch_size: int | None = None) -> Batch:

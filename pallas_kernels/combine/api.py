@@ -11,6 +11,7 @@ from pallas_kernels.dispatch.api import gather_tokens, sum_rows
 from pallas_kernels.execution import Target, target_of
 from pallas_kernels.gather import take
 from pallas_kernels.plan import Plan
+from pallas_kernels.varying import alike
 
 
 def combine(rows: jax.Array, plan: Plan, gate: jax.Array | None, *, backend: str = "auto") -> jax.Array:
@@ -47,7 +48,9 @@ def combine(rows: jax.Array, plan: Plan, gate: jax.Array | None, *, backend: str
     if plan.num_tokens == 0:
         return jnp.zeros((0, rows.shape[1]), rows.dtype)
     with jax.named_scope("combine"):
-        return _sum(target, rows, plan) if gate is None else _combine(target, rows, plan, gate)
+        if gate is None:
+            return _sum(target, *alike(rows, plan))
+        return _combine(target, *alike(rows, plan, gate))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

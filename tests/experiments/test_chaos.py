@@ -106,7 +106,7 @@ def test_planned_kills_rise_and_leave_nothing_out(kills, steps, signals, seed):
     ("arguments", "message"),
     [
         (["--signals=STOP"], "--signals=STOP; choose of KILL, TERM, INT"),
-        (["--member=E3"], "--member=E3: no such member"),
+        (["--member=E3"], "unknown member 'E3'"),
         (["--workdir={folder}"], "not empty; both runs must begin at their beginning"),
     ],
 )

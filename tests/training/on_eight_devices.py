@@ -11,6 +11,8 @@ from jax.experimental import multihost_utils
 from jaxmoe.config import MeshConfig, ModelConfig, MoEConfig, RunConfig
 from jaxmoe.processes import connect
 from jaxmoe.sharding import make_partitioning, rows_here
+from jaxmoe.training.bad_steps import is_bad, judge_bad_step
+from jaxmoe.training.errors import BufferOverflowError
 from jaxmoe.training.state import init_state
 from jaxmoe.training.step import make_train_step, place_batch
 
@@ -118,3 +120,19 @@ def test_no_device_holds_more_than_its_part(run):
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
         if leaf.size > 1024:
             assert leaf.addressable_shards[0].data.size * 8 <= leaf.size, jax.tree_util.keystr(path)
+
+
+def test_a_step_whose_rows_found_no_room_is_not_applied_where_the_buffer_is_strict(run, batch):
+    moe = dataclasses.replace(run.model.moe, expert_buffer_factor=0.5, strict_buffer=True)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=1, first_dense_layers=0, moe=moe))
+    partitioning = make_partitioning(MESHES["fsdp_expert"])
+    _, state = init_state(run, partitioning)
+    before = named(state.params)
+    state, metrics = make_train_step(run.model, run.train, 2, partitioning)(state, place_batch(batch, partitioning))
+    assert metrics["skipped"] == 1
+    assert 0.5 <= metrics["overflow_fraction"] < 0.75
+    for name, value in named(state.params).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    assert is_bad(metrics)
+    with pytest.raises(BufferOverflowError, match=r"step 1 was not applied: .* expert_buffer_factor=0.5 .* step 0 is"):
+        raise judge_bad_step(run, 1, metrics)("The checkpoint of step 0 is good.")

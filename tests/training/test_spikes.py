@@ -55,13 +55,16 @@ def test_settings_without_sense_are_refused(values, message):
 @pytest.fixture
 def spiky(tiny_run, replace_train, monkeypatch):
     """A run whose batch of global step `SPIKE` is unlike the others; with an action."""
-    original = Mixture.batch
+    original = Mixture.batches
 
-    def batch(self, step):
-        made = original(self, step)
-        return dict(made, targets=(made["targets"] + 100) % 270) if step == SPIKE else made
+    def batches(self, first_step, count):
+        made = original(self, first_step, count)
+        if first_step <= SPIKE < first_step + count:
+            unlike = made[SPIKE - first_step]
+            unlike["targets"] = (unlike["targets"] + 100) % 270
+        return made
 
-    monkeypatch.setattr(Mixture, "batch", batch)
+    monkeypatch.setattr(Mixture, "batches", batches)
     return lambda action: replace_train(
         tiny_run, log_every=1, spike_action=action, spike_window=6, spike_factor=8.0
     )

@@ -209,13 +209,15 @@ def poison(monkeypatch):
     """Makes the loss of the given 0-based steps infinite."""
 
     def apply(steps):
-        original = Mixture.batch
+        original = Mixture.batches
 
-        def batch(self, step):
-            made = original(self, step)
-            return dict(made, loss_weights=np.full_like(made["loss_weights"], np.inf)) if step in steps else made
+        def batches(self, first_step, count):
+            made = original(self, first_step, count)
+            for step in steps & set(range(first_step, first_step + count)):
+                made[step - first_step]["loss_weights"] = np.full((8, 16), np.inf, np.float32)
+            return made
 
-        monkeypatch.setattr(Mixture, "batch", batch)
+        monkeypatch.setattr(Mixture, "batches", batches)
 
     return apply
 
