@@ -6,6 +6,7 @@ The study's folder is the only state:
     MEMBER/config.json              the member's complete configuration
     MEMBER/metrics.jsonl ...        written by `jaxmoe.training.train`
     MEMBER/records/*.json           what was measured
+    MEMBER/status.json              what it is doing, how far it is, its last error
     MEMBER/DONE                     step, loss and configuration hash of a finished member
 """
 
@@ -24,8 +25,11 @@ from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, set_aside, write_records
-from jaxmoe.scaling.preflight import STUDY_FILE, Resume, is_done, preflight, read_done, study_file_contents
+from jaxmoe.scaling.heartbeat import Heartbeat, record_failure
+from jaxmoe.scaling.preflight import Resume, preflight
+from jaxmoe.scaling.status import is_done, read_done
 from jaxmoe.scaling.study import Member, Study
+from jaxmoe.scaling.study_file import write_study_file
 from jaxmoe.storage import as_path, is_remote, read_json, write_json
 from jaxmoe.training import (
     DONE_FILE,
@@ -117,7 +121,12 @@ def run_study(
     workdir = as_path(workdir)
     members = study.members if only is None else (study.member(only),)
     with StopRequest() as stop:
-        return _run_members(study, members, workdir, resume, progress, command, stop)
+        try:
+            return _run_members(study, members, workdir, resume, progress, command, stop)
+        except ConfigError as error:
+            if only is not None and workdir.is_dir():
+                record_failure(workdir / only, str(error))
+            raise
 
 
 def _run_members(
@@ -132,7 +141,7 @@ def _run_members(
     """`run_study` until a stop is requested."""
     cache_dir = None if is_remote(workdir) else os.fspath(workdir / CACHE_DIRECTORY)
     preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
-    write_json(workdir / STUDY_FILE, study_file_contents(study, workdir, command))
+    write_study_file(study, workdir, command, for_one_member=len(members) < len(study.members))
     results: list[MemberResult] = []
     if jax.device_count() > 1:
         logger.warning("%d devices are here, and a run uses one of them: %s", jax.device_count(), jax.devices()[0])
@@ -230,17 +239,22 @@ def _attempt(
     cache_dir: str | None,
     stop: StopRequest,
 ) -> MemberResult:
-    """`run_member`, with what goes wrong as a result."""
-    try:
-        return run_member(
-            member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
-        )
-    except (ConfigError, TrainingError) as error:
-        fatal = isinstance(error, NoSpaceLeftError)
-        return MemberResult(member.name, "failed", error=str(error), fatal=fatal)
-    except Exception as error:
-        logger.exception("%s failed", member.name)
-        return MemberResult(member.name, "failed", error=f"{type(error).__name__}: {error}")
+    """`run_member`, with what goes wrong as a result, and with signs of life in the member's folder."""
+    if is_done(workdir / member.name, member):
+        return run_member(member, workdir, study_name=study_name)
+    with Heartbeat(workdir / member.name, progress, write=jax.process_index() == 0) as heartbeat:
+        try:
+            result = run_member(
+                member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
+            )
+        except (ConfigError, TrainingError) as error:
+            fatal = isinstance(error, NoSpaceLeftError)
+            result = MemberResult(member.name, "failed", error=str(error), fatal=fatal)
+        except Exception as error:
+            logger.exception("%s failed", member.name)
+            result = MemberResult(member.name, "failed", error=f"{type(error).__name__}: {error}")
+        heartbeat.ended("preempted" if result.status == "resumable" else result.status, result.error)
+    return result
 
 
 def _has_records(directory: epath.Path, run: RunConfig) -> bool:

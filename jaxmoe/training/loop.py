@@ -18,11 +18,11 @@ from etils import epath
 from jaxmoe.accounting import flops_per_token
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.data import Mixture
+from jaxmoe.exclusive import exclusive
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import EvaluationStopped, NonFiniteLossError, explain_no_space
-from jaxmoe.training.exclusive import exclusive
 from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
