@@ -204,7 +204,12 @@ class SlurmMember:
             variables["JAX_COORDINATOR_ADDRESS"] = coordinator_address(
                 environment.hostnames[0], int(environment.raw_job_id)
             )
+        # Some clusters send their signals to every process of the job, some to this one alone. The run is to hear of
+        # the end once, since a second signal ends it at once: it is deaf to theirs, and gets one SIGINT from here.
+        theirs = {signal.SIGTERM, environment._usr_sig()}
+        signal.pthread_sigmask(signal.SIG_BLOCK, theirs)
         self._process = subprocess.Popen(self.job.command, env=variables, stdin=subprocess.DEVNULL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, theirs)
         status = self._wait()
         if self._cancelled or not first:
             return describe_exit(status)
@@ -227,9 +232,11 @@ class SlurmMember:
         return submitit.helpers.DelayedSubmission(SlurmMember(self.job, self.attempts))
 
     def _tell(self, *_: object) -> None:
+        if self._told:
+            return
         self._told = True
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGTERM)
+            os.kill(self._process.pid, signal.SIGINT)
 
     def _cancel(self, *_: object) -> None:
         self._cancelled = True
@@ -241,7 +248,7 @@ class SlurmMember:
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def _outcome(self, status: int) -> str:
-        if self._told and status == -signal.SIGTERM:  # before it could listen
+        if self._told and status == -signal.SIGINT:  # before it could listen
             status = PREEMPTED
         if status not in (0, PREEMPTED):
             record_failure(self.job.directory, explain_exit(status, self._log), since=self._started)
