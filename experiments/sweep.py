@@ -27,7 +27,7 @@ from experiments.flags import config_arguments, run_with_config
 from experiments.launchers.job import PREEMPTED, Job, describe_command
 from experiments.launchers.table import print_status
 from jaxmoe.config import ConfigError
-from jaxmoe.scaling.status import member_status
+from jaxmoe.scaling.status import MemberStatus, member_status
 from jaxmoe.scaling.study import Member, Study
 from jaxmoe.scaling.study_file import check_same_study, check_writable, write_study_file
 from jaxmoe.storage import as_path, is_remote
@@ -96,13 +96,13 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...], action:
         raise ConfigError("--json goes with status.")
     workdir = _WORKDIR.value or f"runs/{study.name}"
     if action == "status":
-        print_status([member_status(workdir, member) for member in study.members], as_json=_JSON.value)
+        print_status(_statuses(study, workdir), as_json=_JSON.value)
         return 0
     logs = pathlib.Path(_LOGS.value or (f"runs/{study.name}/logs" if is_remote(workdir) else f"{workdir}/logs"))
     launcher = {"local": _Local, "slurm": _Slurm, "gke": _Gke}[_LAUNCHER.value](study, workdir, logs)
     if action == "cancel":
         return launcher.cancel()
-    states = {member.name: member_status(workdir, member).state for member in study.members}
+    states = {member.name: member.state for member in _statuses(study, workdir)}
     jobs = [_job(member, workdir) for member in study.members if states[member.name] != "done"]
     if action == "dry-run":
         print(study.describe(), end="\n\n")
@@ -217,6 +217,13 @@ class _Gke:
 
     def _files(self, jobs: Sequence[Job]) -> dict[str, str]:
         return self._launcher.render(jobs, self._members, _PARALLEL.value or len(self._members))
+
+
+def _statuses(study: Study, workdir: str) -> list[MemberStatus]:
+    try:
+        return [member_status(workdir, member) for member in study.members]
+    except OSError as error:
+        raise ConfigError(f"{workdir} cannot be read from here: {error}") from error
 
 
 def _job(member: Member, workdir: str) -> Job:

@@ -12,6 +12,8 @@ import time
 import psutil
 import pytest
 
+from jaxmoe.storage import as_path
+
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CONFIG = REPOSITORY / "tests" / "experiments" / "sweeps" / "tiny.py"
 
@@ -130,13 +132,24 @@ def test_a_dry_run_shows_the_jobs_and_starts_none(sweep):
     assert not sweep.workdir.exists()
 
 
-def test_manifests_are_written_for_gke(sweep, tmp_path):
-    sweep.workdir = "gs://bucket/study"
+def test_manifests_are_written_for_gke(bucket, compiled, tmp_path):
+    sweep = Sweep(tmp_path, compiled)
+    sweep.workdir = f"{bucket}/sweep"
     where = ("--launcher=gke", "--topology=v6e:4x4", "--gke.image=registry/image", "--gke.cluster=pod",
              f"--logs={tmp_path}")  # fmt: skip
     shown, _ = sweep(*where, "dry-run")
     assert "kind: JobSet" in shown
-    assert not list(tmp_path.glob("gke/*"))
+    assert not (tmp_path / "gke").exists()
+    told, _ = sweep(*where, "launch")
+    assert f"kubectl apply --filename={tmp_path}/gke/kueue.yaml --filename={tmp_path}/gke/E2.yaml" in told
+    assert {path.name for path in (tmp_path / "gke").iterdir()} == {"kueue.yaml", "E2.yaml", "E4.yaml", "xpk.sh"}
+    assert (tmp_path / "gke" / "xpk.sh").read_text().count("--tpu-type=v6e-4x4") == 2
+    assert json.loads(as_path(f"{sweep.workdir}/study.json").read_text())["name"] == "tiny"
+    assert {one["state"] for one in sweep.status().values()} == {"waiting"}
+    told, _ = sweep(*where, "cancel")
+    assert "kubectl delete jobsets.jobset.x-k8s.io --namespace=default --selector=jaxmoe/study=tiny" in told
+    _, told = sweep(*where, "--gke.apply", "cancel", check=2)
+    assert "kubectl" in told
 
 
 @pytest.mark.parametrize(
