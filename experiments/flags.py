@@ -68,7 +68,7 @@ def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
     """`config` with every optional key of the known sections present, so that each can be overridden."""
     completed = config.copy_and_resolve_references()
     hints = typing.get_type_hints(RunConfig)
-    for section in ("model", "train", "evaluation", "data"):
+    for section in ("model", "train", "evaluation", "data", "mesh"):
         if section not in completed:
             completed[section] = ml_collections.ConfigDict()
         _fill(completed[section], hints[section])

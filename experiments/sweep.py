@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import ml_collections
 from absl import flags
 
+from experiments.execution import read_study
 from experiments.flags import config_arguments, run_with_config
 from experiments.launchers.job import PREEMPTED, Job, describe_command
 from experiments.launchers.table import print_status
@@ -89,9 +90,7 @@ _GKE = {
 
 def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...], action: str) -> int:
     """Runs the command; returns the exit status."""
-    del overridden  # each job refuses those without effect
-    study = Study.from_config_dict(config)
-    study.check()
+    study = read_study(config, overridden)
     if _JSON.value and action != "status":
         raise ConfigError("--json goes with status.")
     workdir = _WORKDIR.value or f"runs/{study.name}"

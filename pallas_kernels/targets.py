@@ -83,8 +83,12 @@ def _has(module: str) -> bool:
 
 
 @functools.cache
-def mesh_of(chip: str) -> Mesh:
-    """A mesh of one abstract device of the chip: arrays of this sharding lower and compile for it.
+def devices_of(chip: str, topology: str | None = None) -> list[jax.Device]:
+    """Abstract devices of a chip: arrays spread over them lower and compile for them.
+
+    Args:
+      chip: one of `execution.CHIPS`.
+      topology: as the compiler names it, `v5p:4x4x4`, or hosts and devices of GPUs, `1x1x8`; None for the smallest.
 
     Raises:
       CompilerMissing: libtpu or the CUDA plugin is not installed.
@@ -96,10 +100,10 @@ def mesh_of(chip: str) -> Mesh:
         if chip == "h100":
             use_gpu_compiler()
             description = topologies.get_topology_desc(
-                topology_name="h100", platform="cuda", target_config=_H100, topology="1x1x1"
+                topology_name="h100", platform="cuda", target_config=_H100, topology=topology or "1x1x1"
             )
         else:
-            description = topologies.get_topology_desc(TPU_TOPOLOGIES[chip], platform="tpu")
+            description = topologies.get_topology_desc(topology or TPU_TOPOLOGIES[chip], platform="tpu")
     except (KeyError, CompilerMissing):
         raise
     except Exception as error:
@@ -108,7 +112,13 @@ def mesh_of(chip: str) -> Mesh:
             f"the compiler for {chip} is not at hand ({type(error).__name__}: {str(error).splitlines()[0]})"
             f"{advice}."
         ) from error
-    return Mesh(description.devices[:1], ("device",))
+    return description.devices
+
+
+@functools.cache
+def mesh_of(chip: str) -> Mesh:
+    """A mesh of one abstract device of the chip; errors as of `devices_of`."""
+    return Mesh(devices_of(chip)[:1], ("device",))
 
 
 def abstract(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

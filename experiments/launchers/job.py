@@ -13,10 +13,10 @@ from typing import Literal
 
 from etils import epath
 
+from jaxmoe.exit_status import RESUMABLE
 from jaxmoe.scaling.status import read_done, read_status
 
-PREEMPTED = 75
-"""Exit status of a run that a signal stopped and that can go on (EX_TEMPFAIL)."""
+PREEMPTED = RESUMABLE
 MISTAKE = 2
 """Exit status of a mistake in the configuration, which trying again does not mend."""
 

@@ -17,7 +17,7 @@ from experiments.launchers.job import PREEMPTED, Attempts, Job, describe_command
 from experiments.launchers.pid_file import PidFile
 from experiments.launchers.pinning import Share
 from jaxmoe.config import ConfigError
-from jaxmoe.scaling.heartbeat import record_failure
+from jaxmoe.scaling.heartbeat import record_end
 
 _POLL_SECONDS = 0.2
 _LAUNCHER = "launcher.pid"
@@ -101,13 +101,15 @@ class LocalLauncher:
 
     def _ended(self, running: _Running, attempts: Attempts) -> Literal["again", "done", "failed", "resumable"]:
         job, status = running.job, running.process.returncode
-        stopped = status in (PREEMPTED, -signal.SIGTERM)  # the latter: before it could listen, so nothing was begun
-        if status and self._stopping and stopped:
+        log = self._logs / f"{job.member}.log"
+        if self._stopping and status == -signal.SIGTERM:  # before it could listen, so nothing was begun
+            status = PREEMPTED
+        if status:
+            state, error = ("preempted", None) if status == PREEMPTED else ("failed", explain_exit(status, log))
+            record_end(job.directory, state, error, since=running.started)
+        if self._stopping and status == PREEMPTED:
             self._note(f"{job.member}: stopped, and can go on")
             return "resumable"
-        log = self._logs / f"{job.member}.log"
-        if status not in (0, PREEMPTED):
-            record_failure(job.directory, explain_exit(status, log), since=running.started)
         outcome = attempts.after(status, job.steps_done())
         if outcome == "done":
             self._note(f"{job.member}: done")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from experiments.launchers.job import PREEMPTED, Attempts, Job, describe_exit, explain_exit
 from jaxmoe.config import ConfigError
-from jaxmoe.scaling.heartbeat import record_failure
+from jaxmoe.scaling.heartbeat import record_end
 from jaxmoe.storage import read_json, write_json
 
 if TYPE_CHECKING:
@@ -250,8 +250,9 @@ class SlurmMember:
     def _outcome(self, status: int) -> str:
         if self._told and status == -signal.SIGINT:  # before it could listen
             status = PREEMPTED
-        if status not in (0, PREEMPTED):
-            record_failure(self.job.directory, explain_exit(status, self._log), since=self._started)
+        if status:
+            state, error = ("preempted", None) if status == PREEMPTED else ("failed", explain_exit(status, self._log))
+            record_end(self.job.directory, state, error, since=self._started)
         return self.attempts.after(status, self.job.steps_done())
 
 

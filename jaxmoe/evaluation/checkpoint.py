@@ -8,6 +8,7 @@ from etils import epath
 
 from jaxmoe.config import RunConfig
 from jaxmoe.data import Mixture
+from jaxmoe.sharding import partitioning_of_run
 from jaxmoe.training import Checkpoints, EvaluationContext, Resumed, evaluation_context, init_state
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 
@@ -28,11 +29,14 @@ def checkpoint_context(
     directory = epath.Path(directory)
     if not (directory / CHECKPOINT_DIRECTORY).exists():
         return None
-    graphdef, state = init_state(run)
+    partitioning = partitioning_of_run(run)
+    graphdef, state = init_state(run, partitioning)
     with Checkpoints(directory / CHECKPOINT_DIRECTORY, run.train.keep_checkpoints) as checkpoints:
         restored = checkpoints.restore(state)
     if restored is None:
         return None
     mixture = Mixture.of_run(run, cache_dir=cache_dir)
     resumed = Resumed.of_checkpoint(run, restored.step, restored.metadata, mixture)
-    return evaluation_context(run, directory, graphdef, restored.state, mixture, resumed)
+    return evaluation_context(
+        run, directory, graphdef, restored.state, mixture, resumed, partitioning=partitioning
+    )

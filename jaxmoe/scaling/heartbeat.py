@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class Heartbeat:
     """Within the `with` block `status.json` says `running`, with a new heartbeat every `HEARTBEAT_SECONDS`.
 
-    Leaving the block by an exception other than those that `ended` was told of counts as stopped by a signal
-    (a second Ctrl-C). Nothing is written where another process is training in the directory, and a file that cannot
-    be written stops nothing: where the storage is gone, training says so.
+    Leaving the block without `ended` is a failure if by an error, and else, as after a second Ctrl-C, a stop. Nothing
+    is written where another process is training in the directory, and a file that cannot be written stops nothing:
+    where the storage is gone, training says so.
 
     Args:
       directory: of the run, local or gs://.
@@ -70,7 +70,12 @@ class Heartbeat:
         self._write()
 
     def __exit__(self, *exception) -> None:
-        if not self._over.is_set():
+        error = exception[1]
+        if self._over.is_set():
+            return
+        if isinstance(error, Exception):
+            self.ended("failed", f"{type(error).__name__}: {error}")
+        else:
             self.ended("preempted")
 
     def _beat(self) -> None:
@@ -84,12 +89,15 @@ class Heartbeat:
         _write_status(self._directory, self._contents)
 
 
-def record_failure(directory: epath.PathLike, error: str, *, since: float | None = None) -> None:
-    """Writes into `status.json` that a member failed, on behalf of a process that could not say so itself.
+def record_end(
+    directory: epath.PathLike, state: State, error: str | None = None, *, since: float | None = None
+) -> None:
+    """Writes into `status.json` how a member ended, on behalf of a process that could not say so itself.
 
     Args:
       directory: of the run.
-      error: the reason, for people.
+      state: `failed`, or `preempted`.
+      error: of a failed one, for people; None keeps the last.
       since: seconds since 1970 at which the process was started; what it wrote itself after that stays. None: it
         did not get as far as writing.
     """
@@ -100,7 +108,7 @@ def record_failure(directory: epath.PathLike, error: str, *, since: float | None
     if since is not None and written and written["state"] != "running" and written["heartbeat"] >= since:
         return
     starts = written.get("starts", 0) + (not written or written["state"] != "running")
-    _write_status(directory, {**written, "state": "failed", "error": error, "starts": starts, **_here()})
+    _write_status(directory, {**written, "state": state, "error": error or written.get("error"), "starts": starts, **_here()})
 
 
 def _here() -> dict[str, Any]:

@@ -11,11 +11,13 @@ from typing import Literal
 from etils import epath
 
 from jaxmoe import accounting
+from jaxmoe.accounting import readable_bytes
 from jaxmoe.config import ConfigError, config_hash, to_dict
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
 from jaxmoe.scaling.status import is_done
 from jaxmoe.scaling.study import Member, Study
 from jaxmoe.scaling.study_file import check_same_study, check_writable
+from jaxmoe.sharding import partitioning_of_run
 from jaxmoe.storage import is_remote
 from jaxmoe.training import (
     CHECKPOINT_DIRECTORY,
@@ -36,7 +38,7 @@ def preflight(
     resume: Resume = "auto",
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Checks the study, its folder, its data and the disk, without training or building a model.
+    """Checks the study, its mesh, its folder, its data and the disk, without training or building a model.
 
     Args:
       study: checked whole.
@@ -56,6 +58,9 @@ def preflight(
         check_same_study(workdir, study)
     for member in members:
         check_directory(workdir / member.name, member.config, resume)
+    for member in members:
+        with _naming(member):
+            partitioning_of_run(member.config)
     waiting = [member for member in members if not is_done(workdir / member.name, member)]
     for member in waiting:
         check_unused(workdir / member.name)
@@ -115,8 +120,9 @@ def _check_space(workdir: epath.Path, members: Sequence[Member]) -> None:
     free = shutil.disk_usage(workdir).free
     if needed > free:
         raise ConfigError(
-            f"no space left for the checkpoints of {len(members)} members: about {_size(needed)} are needed in "
-            f"{workdir}, {_size(free)} are free. Free space, take another folder, or lower train.keep_checkpoints."
+            f"no space left for the checkpoints of {len(members)} members: about {readable_bytes(needed)} are needed "
+            f"in {workdir}, {readable_bytes(free)} are free. Free space, take another folder, or lower "
+            "train.keep_checkpoints."
         )
 
 
@@ -126,10 +132,3 @@ def _checkpoints_in(directory: epath.Path) -> int:
     return sum(path.name.isdigit() for path in folder.iterdir()) if folder.exists() else 0
 
 
-def _size(count: int) -> str:
-    value: float = count
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"

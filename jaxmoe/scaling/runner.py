@@ -20,12 +20,12 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import jax
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, set_aside, write_records
-from jaxmoe.scaling.heartbeat import Heartbeat, record_failure
+from jaxmoe.processes import is_first, of_first, together
+from jaxmoe.scaling.heartbeat import Heartbeat, record_end
 from jaxmoe.scaling.preflight import Resume, preflight
 from jaxmoe.scaling.status import is_done, read_done
 from jaxmoe.scaling.study import Member, Study
@@ -34,10 +34,13 @@ from jaxmoe.storage import as_path, is_remote, read_json, write_json
 from jaxmoe.training import (
     DONE_FILE,
     EvaluationContext,
+    LossSpikeError,
+    NonFiniteLossError,
     NoSpaceLeftError,
     ProgressReporter,
     StopRequest,
     TrainingError,
+    Watchdog,
     train,
 )
 
@@ -99,6 +102,7 @@ def run_study(
     resume: Resume = "auto",
     progress: ProgressReporter | None = None,
     command: str | None = None,
+    stop: StopRequest | None = None,
 ) -> StudyResult:
     """Trains and evaluates the members of a study, one after the other. Called again, it goes on.
 
@@ -110,6 +114,7 @@ def run_study(
         member stays what it was trained as: it may be evaluated otherwise, or trained for more steps.
       progress: to report to; None makes one that writes to stderr.
       command: how a person would start this, for `study.json`.
+      stop: asks to stop; None: SIGTERM and SIGINT do, while this call lasts.
 
     Returns:
       How each member ended. A member that fails does not keep the others from being trained; a full disk does.
@@ -120,12 +125,12 @@ def run_study(
     """
     workdir = as_path(workdir)
     members = study.members if only is None else (study.member(only),)
-    with StopRequest() as stop:
+    with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
         try:
             return _run_members(study, members, workdir, resume, progress, command, stop)
         except ConfigError as error:
-            if only is not None and workdir.is_dir():
-                record_failure(workdir / only, str(error))
+            if only is not None and is_first() and workdir.is_dir():
+                record_end(workdir / only, "failed", str(error))
             raise
 
 
@@ -140,15 +145,16 @@ def _run_members(
 ) -> StudyResult:
     """`run_study` until a stop is requested."""
     cache_dir = None if is_remote(workdir) else os.fspath(workdir / CACHE_DIRECTORY)
-    preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
-    write_study_file(study, workdir, command, for_one_member=len(members) < len(study.members))
+    with together():
+        if is_first():  # the others find what it has tokenized
+            preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
+            write_study_file(study, workdir, command, for_one_member=len(members) < len(study.members))
     results: list[MemberResult] = []
-    if jax.device_count() > 1:
-        logger.warning("%d devices are here, and a run uses one of them: %s", jax.device_count(), jax.devices()[0])
     with _reporting(progress) as progress:
         finished = sum(member.config.train.steps for member in members if is_done(workdir / member.name, member))
         progress.study(sum(member.config.train.steps for member in members), finished)
         for member in members:
+            stop.agree()
             if stop.requested is not None and not is_done(workdir / member.name, member):
                 logger.info("stopped by %s before %s; run again to go on", stop.requested, member.name)
                 break
@@ -190,7 +196,7 @@ def run_member(
     """
     directory = epath.Path(study_dir) / member.name
     done = read_done(directory)
-    if done is not None and done["config_hash"] == config_hash(member.config):
+    if of_first(done is not None and done["config_hash"] == config_hash(member.config)):
         return MemberResult(member.name, "skipped", done["step"], done["loss"])
     labels = {
         "study": epath.Path(study_dir).name if study_name is None else study_name,
@@ -205,20 +211,24 @@ def run_member(
             logger.info("%s: %d records of an earlier configuration are in earlier_records now", member.name, moved)
 
     def evaluate(context: EvaluationContext) -> None:
-        set_aside_once()
-        write_records(directory, evaluate_all(context, labels))
+        records = evaluate_all(context, labels)
+        if is_first():
+            set_aside_once()
+            write_records(directory, records)
 
     result = train(
         member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume, stop=stop
     )
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
-    if not _has_records(directory, member.config):
+    if not of_first(_has_records(directory, member.config)):
         if stop is not None and stop.requested is not None:
             return MemberResult(member.name, "resumable", result.step, result.loss)
         context = checkpoint_context(member.config, directory, cache_dir=cache_dir)
         if context is not None:
-            evaluate(context)
+            limit = member.config.train.watchdog_minutes
+            with Watchdog(directory, limit) as watchdog, watchdog.patient(f"evaluating step {result.step}"):
+                evaluate(context)
     done = {
         "member": member.name,
         "step": result.step,
@@ -226,7 +236,8 @@ def run_member(
         "config_hash": config_hash(member.config),
         **({} if result.resumed is None else result.resumed.fields()),
     }
-    write_json(directory / DONE_FILE, done)
+    if is_first():
+        write_json(directory / DONE_FILE, done)
     return MemberResult(member.name, "done", result.step, result.loss)
 
 
@@ -240,21 +251,37 @@ def _attempt(
     stop: StopRequest,
 ) -> MemberResult:
     """`run_member`, with what goes wrong as a result, and with signs of life in the member's folder."""
-    if is_done(workdir / member.name, member):
-        return run_member(member, workdir, study_name=study_name)
-    with Heartbeat(workdir / member.name, progress, write=jax.process_index() == 0) as heartbeat:
-        try:
-            result = run_member(
-                member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
-            )
-        except (ConfigError, TrainingError) as error:
-            fatal = isinstance(error, NoSpaceLeftError)
-            result = MemberResult(member.name, "failed", error=str(error), fatal=fatal)
-        except Exception as error:
-            logger.exception("%s failed", member.name)
-            result = MemberResult(member.name, "failed", error=f"{type(error).__name__}: {error}")
+    writes = is_first() and not is_done(workdir / member.name, member)
+    with Heartbeat(workdir / member.name, progress, write=writes) as heartbeat:
+        result = _outcome(member, workdir, study_name, resume, progress, cache_dir, stop)
         heartbeat.ended("preempted" if result.status == "resumable" else result.status, result.error)
     return result
+
+
+def _outcome(
+    member: Member,
+    workdir: epath.Path,
+    study_name: str,
+    resume: Resume,
+    progress: ProgressReporter,
+    cache_dir: str | None,
+    stop: StopRequest,
+) -> MemberResult:
+    """`run_member`, with what goes wrong as a result."""
+    try:
+        return run_member(
+            member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
+        )
+    except (ConfigError, NonFiniteLossError, LossSpikeError) as error:
+        return MemberResult(member.name, "failed", error=str(error))
+    except Exception as error:
+        if not alone():
+            raise  # the other processes are in the midst of a step, or of a checkpoint, and end with this one
+        if isinstance(error, TrainingError):
+            fatal = isinstance(error, NoSpaceLeftError)
+            return MemberResult(member.name, "failed", error=str(error), fatal=fatal)
+        logger.exception("%s failed", member.name)
+        return MemberResult(member.name, "failed", error=f"{type(error).__name__}: {error}")
 
 
 def _has_records(directory: epath.Path, run: RunConfig) -> bool:
@@ -270,5 +297,5 @@ def _reporting(progress: ProgressReporter | None) -> Iterator[ProgressReporter]:
     if progress is not None:
         yield progress
         return
-    with ProgressReporter() as own:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, ProgressReporter(None if is_first() else nowhere) as own:
         yield own

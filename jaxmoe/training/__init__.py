@@ -5,8 +5,10 @@ from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import (
+    BufferOverflowError,
     CheckpointError,
     EvaluationStopped,
+    LossSpikeError,
     NonFiniteLossError,
     NoSpaceLeftError,
     TrainingError,
@@ -17,8 +19,10 @@ from jaxmoe.training.optimizer import decay_mask, make_optimizer
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.signals import StopRequest
-from jaxmoe.training.state import TrainState, init_state
+from jaxmoe.training.start import read_parameters, state_with_parameters, write_start
+from jaxmoe.training.state import TrainState, abstract_state, init_state
 from jaxmoe.training.step import make_train_step
+from jaxmoe.training.watchdog import Watchdog
 from jaxmoe.training.workdir import CONFIG_FILE, DONE_FILE, check_directory, claim_directory
 
 __all__ = [
@@ -27,10 +31,12 @@ __all__ = [
     "DONE_FILE",
     "METRICS_FILE",
     "THROUGHPUT_FILE",
+    "BufferOverflowError",
     "CheckpointError",
     "Checkpoints",
     "EvaluationContext",
     "EvaluationStopped",
+    "LossSpikeError",
     "NoSpaceLeftError",
     "NonFiniteLossError",
     "ProgressReporter",
@@ -39,6 +45,8 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "TrainingError",
+    "Watchdog",
+    "abstract_state",
     "averaging_window",
     "check_directory",
     "check_format",
@@ -50,6 +58,9 @@ __all__ = [
     "learning_rate_schedule",
     "make_optimizer",
     "make_train_step",
+    "read_parameters",
     "reuse_freed_memory",
+    "state_with_parameters",
     "train",
+    "write_start",
 ]

@@ -24,9 +24,9 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 
 _ORDER = (
     "loss", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
-    "dropped_fraction", "load_max_over_mean", "load_cv",
+    "dropped_fraction", "overflow_fraction", "load_max_over_mean", "load_cv",
 )  # fmt: skip
-_COUNTS = ("dead_experts", "tokens", "skipped")
+_COUNTS = ("dead_experts", "tokens", "skipped", "spikes")
 
 
 def plain_number(value: Any) -> float | int | None:
@@ -214,6 +214,19 @@ class MetricsLog:
         self._throughput.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+class NoLog:
+    """What `MetricsLog` is in the other processes of a run: nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, Any], throughput: Mapping[str, Any] | None) -> None:
+        """Writes nothing."""
+
+    def flush(self) -> None:
+        """Writes nothing."""
+
+    def close(self) -> None:
+        """Writes nothing."""
 
 
 def _event_file(directory: epath.Path, after: int) -> EventFile | None:

@@ -11,7 +11,7 @@ from etils import epath
 from jaxmoe.config import config_hash
 from jaxmoe.exclusive import exclusive
 from jaxmoe.scaling import Study
-from jaxmoe.scaling.heartbeat import Heartbeat, record_failure
+from jaxmoe.scaling.heartbeat import Heartbeat, record_end
 from jaxmoe.scaling.status import SILENCE_SECONDS, member_status, read_status
 from jaxmoe.training import ProgressReporter
 
@@ -99,20 +99,20 @@ def test_another_process_that_was_refused_leaves_the_status_alone(tmp_path, prog
         with exclusive(tmp_path / "E4"):
             with heartbeat(tmp_path, progress) as second:
                 second.ended("failed", "in use")
-            record_failure(tmp_path / "E4", "in use")
+            record_end(tmp_path / "E4", "failed", "in use")
             assert stands(tmp_path) == ("running", 3, None)
         beat.ended("preempted")
 
 
 def test_a_failure_is_recorded_for_those_who_could_not(tmp_path, progress):
     """What a process said itself stays; a process that was killed said nothing."""
-    record_failure(tmp_path / "E4", "killed by SIGKILL", since=0.0)
+    record_end(tmp_path / "E4", "failed", "killed by SIGKILL", since=0.0)
     assert stands(tmp_path) == ("failed", 0, "killed by SIGKILL")
     with heartbeat(tmp_path, progress) as beat:
-        record_failure(tmp_path / "E4", "killed by SIGKILL", since=0.0)
+        record_end(tmp_path / "E4", "failed", "killed by SIGKILL", since=0.0)
         assert stands(tmp_path) == ("failed", 3, "killed by SIGKILL")
         beat.ended("failed", "the loss is not finite")
-    record_failure(tmp_path / "E4", "exit status 1", since=0.0)
+    record_end(tmp_path / "E4", "failed", "exit status 1", since=0.0)
     assert stands(tmp_path) == ("failed", 3, "the loss is not finite")
     assert read_status(epath.Path(tmp_path / "E4"))["starts"] == 2
 

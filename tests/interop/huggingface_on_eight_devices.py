@@ -1,0 +1,73 @@
+"""Reading onto a mesh and writing from one: run by `test_huggingface_mesh.py` in a process with 8 devices."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmoe.config import ConfigError, MeshConfig, ModelConfig, MoEConfig
+from jaxmoe.interop.huggingface import load_pretrained, save_pretrained
+from jaxmoe.models import Decoder
+
+TOKENS = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
+MODELS = {
+    "mixtral": ModelConfig(
+        vocab_size=64, width=32, num_layers=5, num_heads=4, num_kv_heads=2, init_std=0.2,
+        moe=MoEConfig(num_experts=8, experts_per_token=2, expert_hidden=24),
+    ),
+    "deepseek": ModelConfig(
+        vocab_size=64, width=32, num_layers=2, num_heads=4, init_std=0.2, first_dense_layers=1, dense_hidden=40,
+        moe=MoEConfig(
+            num_experts=8, experts_per_token=2, expert_hidden=24, shared_expert_hidden=48,
+            score_order="softmax_then_topk", renormalize=False,
+        ),
+    ),
+}  # fmt: skip
+MESHES = {
+    "fsdp": MeshConfig(fsdp=8),
+    "fsdp and expert": MeshConfig(fsdp=2, expert=4),
+    "a mesh of jax's": jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("expert", "data")),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Each model, and the folder that it was written to."""
+    made = {}
+    for name, config in MODELS.items():
+        model = nnx.jit(lambda config=config: Decoder(config, rngs=nnx.Rngs(0)))()
+        folder = tmp_path_factory.mktemp(name)
+        save_pretrained(model, folder, shard_bytes=100_000)
+        made[name] = model, folder
+    return made
+
+
+@pytest.mark.parametrize(("name", "mesh"), [*(("mixtral", mesh) for mesh in MESHES), ("deepseek", "fsdp and expert")])
+def test_a_mesh_holds_the_same_parameters(saved, tmp_path, name, mesh):
+    """Each device its part; what is written from there is what was read, byte for byte."""
+    model, folder = saved[name]
+    spread = load_pretrained(folder, mesh=MESHES[mesh])
+    found = dict(nnx.to_flat_state(nnx.state(spread.decoder)))
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        np.testing.assert_array_equal(found[path][...], leaf[...], err_msg=str(path))
+    largest = next(leaf[...] for path, leaf in found.items() if path[-2:] == ("mlp", "gate_up") and leaf.ndim == 4)
+    held = {shard.data.size for shard in largest.addressable_shards}
+    assert held == {largest.size // (4 if mesh == "a mesh of jax's" else 8)}
+    save_pretrained(spread, tmp_path, shard_bytes=100_000)
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == sorted(path.name for path in tmp_path.iterdir())
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_a_mesh_gives_the_same_logits(saved):
+    folder = saved["deepseek"][1]
+    logits = load_pretrained(folder)(TOKENS)
+    spread = load_pretrained(folder, mesh=MESHES["fsdp and expert"])
+    np.testing.assert_allclose(spread(TOKENS), logits, atol=2e-5 * np.abs(logits).max())
+
+
+def test_a_mesh_with_other_axes_is_refused(saved):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("model",))
+    with pytest.raises(ConfigError, match="mesh has the axes model; choose of data, fsdp"):
+        load_pretrained(saved["mixtral"][1], mesh=mesh)
