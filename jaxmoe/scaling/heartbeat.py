@@ -108,7 +108,8 @@ def record_end(
     if since is not None and written and written["state"] != "running" and written["heartbeat"] >= since:
         return
     starts = written.get("starts", 0) + (not written or written["state"] != "running")
-    _write_status(directory, {**written, "state": state, "error": error or written.get("error"), "starts": starts, **_here()})
+    ended = {"state": state, "error": error or written.get("error"), "starts": starts}
+    _write_status(directory, {**written, **ended, **_here()})
 
 
 def _here() -> dict[str, Any]:
