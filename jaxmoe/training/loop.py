@@ -17,6 +17,7 @@ from etils import epath
 from jaxmoe.accounting import flops_per_token
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.data import Mixture
+from jaxmoe.exclusive import exclusive
 from jaxmoe.processes import is_first, together
 from jaxmoe.sharding import Partitioning, partitioning_of_run, rows_here
 from jaxmoe.training.allocator import reuse_freed_memory
@@ -24,7 +25,6 @@ from jaxmoe.training.bad_steps import is_bad, judge_bad_step
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import EvaluationStopped, TrainingError, explain_no_space
-from jaxmoe.training.exclusive import exclusive
 from jaxmoe.training.metrics import MetricsLog, NoLog, Throughput, plain_number
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest

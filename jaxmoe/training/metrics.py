@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxmoe.run_files import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.storage import is_remote, write_text
 from jaxmoe.training.tensorboard import EventFile
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-THROUGHPUT_FILE = "throughput.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
 _ORDER = (
