@@ -107,8 +107,8 @@ class StepTime:
     $t = \max(F / (n \cdot \text{flops}), (A + O + 2T) / \text{bandwidth}, X / \text{interconnect} + Y /
     \text{network})$ with F operations executed on n devices, A, O, T bytes of arguments, outputs and temporaries (every
     temporary written and read once), X and Y bytes received within a slice and between slices; F and X for a balanced
-    routing. It assumes that the three overlap perfectly and that kernels run at peak: a bound, of which real steps reach
-    a part.
+    routing. It assumes that the three overlap perfectly and that kernels run at peak: a bound that no real step
+    reaches.
     """
 
     compute: float
