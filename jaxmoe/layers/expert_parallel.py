@@ -73,11 +73,11 @@ class TokenSplit:
         width = array.shape[len(self.leading) :]
         return jnp.pad(array.reshape(-1, *width), ((0, self.padding), *((0, 0) for _ in width)))
 
-    def joined(self, array: Shaped[Array, "*cut D"]) -> Shaped[Array, "*tokens D"]:
+    def joined(self, array: Shaped[Array, "*cut *D"]) -> Shaped[Array, "*tokens *D"]:
         """The inverse of `cut`."""
         if self.by_sequence:
             return array
-        return array[: array.shape[0] - self.padding].reshape(*self.leading, array.shape[-1])
+        return array[: array.shape[0] - self.padding].reshape(*self.leading, *array.shape[1:])
 
 
 def expert_axes(partitioning: Partitioning, num_experts: int) -> Axes:

@@ -1,4 +1,4 @@
-"""A step on a mesh is the step on one device: run by `test_meshes.py` with 8 devices, and in 2 processes of 2 each."""
+"""A step on a mesh is the step on one device: run by `test_meshes.py` on 8 devices, and in 2 processes with 2 each."""
 
 import dataclasses
 import os
