@@ -187,14 +187,6 @@ def test_an_evaluation_ended_by_a_signal_is_made_up_for(undisturbed, tiny_run, t
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
 
 
-def test_connected_processes_are_refused(tiny_run, tmp_path, monkeypatch):
-    """Each would train the same run in the same folder."""
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="2 JAX processes are connected"):
-        train(tiny_run, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_pressing_ctrl_c_twice_leaves_at_once(tiny_run, tmp_path):
     def impatient():
         os.kill(os.getpid(), signal.SIGINT)
