@@ -6,7 +6,8 @@
 
 `import` makes the folder of a member of the experiment, with the checkpoint as its step 0: `python -m experiments.run`
 of the same experiment and workdir then trains from there. The member's model must be the checkpoint's, which
-`experiments/configs/pretrained.py:FOLDER` sees to. `export` writes the newest checkpoint of a run as a folder with
+`experiments/configs/pretrained.py:FOLDER` sees to. Where a run has several processes (TPU slices, Slurm, GKE), so has
+its import: each reads what its devices hold. `export` writes the newest checkpoint of a run as a folder with
 config.json, safetensors files and the tokenizer. Neither needs torch or transformers. Exit status: 0 done, 2 a mistake
 of yours, said in one line.
 """
@@ -38,6 +39,7 @@ _ARCHITECTURE = flags.DEFINE_string(
 def import_checkpoint(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> None:
     """Makes the run directory of a member from a checkpoint of transformers."""
     from jaxmoe.interop.huggingface import import_run
+    from jaxmoe.processes import connect
     from jaxmoe.scaling.study import Study
     from jaxmoe.storage import as_path
 
@@ -50,6 +52,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, overridden: tuple[str, 
         raise ConfigError(f"--member={name}: no such member.{nearest(name, members)}")
     workdir = _WORKDIR.value or f"runs/{study.name}"
     log_to_terminal()
+    connect()
     started = time.perf_counter()
     directory = as_path(workdir) / name
     import_run(_CHECKPOINT.value, members[name].config, directory, cache_dir=as_path(workdir) / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 
@@ -9,11 +10,12 @@ import jax
 from etils import epath
 from flax import nnx
 
-from jaxmoe.config import ConfigError, RunConfig, config_hash
+from jaxmoe.config import ConfigError, MeshConfig, RunConfig, config_hash
 from jaxmoe.data import Mixture
-from jaxmoe.sharding import Partitioning, use_partitioning
+from jaxmoe.exclusive import exclusive
+from jaxmoe.processes import is_first, together
+from jaxmoe.sharding import Partitioning, make_partitioning, use_partitioning
 from jaxmoe.training.checkpoints import Checkpoints
-from jaxmoe.training.exclusive import exclusive
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 from jaxmoe.training.optimizer import make_optimizer
 from jaxmoe.training.state import TrainState, abstract_state, init_state, initial_state, relevant_to_step
@@ -39,7 +41,7 @@ def state_with_parameters(
 
     placed = None
     if partitioning is not None:
-        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run, partitioning))
+        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run, partitioning)[1])
     return jax.jit(around, donate_argnums=0, out_shardings=placed)(params, jax.random.key(run.seed))
 
 
@@ -66,15 +68,22 @@ def write_start(
       ConfigError: the directory has checkpoints, or another configuration, or another process is training in it.
     """
     directory = epath.Path(directory)
-    check_directory(directory, run)
-    mixture = Mixture.of_run(run, cache_dir=cache_dir)
-    with exclusive(directory), Checkpoints(directory / CHECKPOINT_DIRECTORY, run.train.keep_checkpoints) as checkpoints:
+    with together():
+        check_directory(directory, run)
+        mixture = Mixture.of_run(run, cache_dir=cache_dir)
+    with contextlib.ExitStack() as stack:
+        with together():
+            if is_first():
+                stack.enter_context(exclusive(directory))
+        folder = directory / CHECKPOINT_DIRECTORY
+        checkpoints = stack.enter_context(Checkpoints(folder, run.train.keep_checkpoints))
         if checkpoints.last_step is not None:
             raise ConfigError(
                 f"{directory} has a checkpoint of step {checkpoints.last_step} already; take another folder to start "
                 f"from {started_from}."
             )
-        claim_directory(directory, run)
+        if is_first():
+            claim_directory(directory, run)
         checkpoints.save(
             0,
             state,
@@ -93,7 +102,7 @@ def write_start(
 
 
 def read_parameters(run: RunConfig, directory: epath.PathLike) -> tuple[int, nnx.Module]:
-    """The model of the newest checkpoint of a run, and its step.
+    """The model of the newest checkpoint of a run, spread over the devices there are, and its step.
 
     Args:
       run: the configuration.
@@ -104,7 +113,7 @@ def read_parameters(run: RunConfig, directory: epath.PathLike) -> tuple[int, nnx
       CheckpointError: the checkpoints are of another model, or cannot be read.
     """
     directory = epath.Path(directory)
-    graphdef, state = init_state(run)
+    graphdef, state = init_state(run, make_partitioning(MeshConfig()))
     restored = None
     if (directory / CHECKPOINT_DIRECTORY).exists():
         with Checkpoints(directory / CHECKPOINT_DIRECTORY, run.train.keep_checkpoints) as checkpoints:

@@ -16,7 +16,7 @@ REASON = "needs torch and transformers (pip install jaxmoe[hf])"
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
@@ -62,7 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"intermediate_size": 48, "num_hidden_layers": 6}),
     "llama, tied": ("Llama", {"intermediate_size": 48, "tie_word_embeddings": True, "rope_theta": 1e5}),
 }  # fmt: skip
-"""By name: the class and its settings. Three layers are stacks of one, six are scanned."""
+"""By name: the class and its settings. Two layers are stacks of one, six are scanned."""
 
 
 @dataclasses.dataclass(frozen=True)

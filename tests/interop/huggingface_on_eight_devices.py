@@ -42,29 +42,32 @@ def saved(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(("name", "mesh"), [*(("mixtral", mesh) for mesh in MESHES), ("deepseek", "fsdp and expert")])
-def test_a_mesh_holds_the_same_parameters(saved, tmp_path, name, mesh):
-    """Each device its part; what is written from there is what was read, byte for byte."""
-    model, folder = saved[name]
-    spread = load_pretrained(folder, mesh=MESHES[mesh])
-    found = dict(nnx.to_flat_state(nnx.state(spread.decoder)))
+def assert_spread(model: Decoder, spread: Decoder, parts: int):
+    """Equal parameters, and no device has more than its part of the experts'."""
+    found = dict(nnx.to_flat_state(nnx.state(spread)))
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         np.testing.assert_array_equal(found[path][...], leaf[...], err_msg=str(path))
-    largest = next(leaf[...] for path, leaf in found.items() if path[-2:] == ("mlp", "gate_up") and leaf.ndim == 4)
-    held = {shard.data.size for shard in largest.addressable_shards}
-    assert held == {largest.size // (4 if mesh == "a mesh of jax's" else 8)}
+    experts = next(leaf[...] for path, leaf in found.items() if path[-2:] == ("mlp", "gate_up") and leaf.ndim == 4)
+    assert {shard.data.size for shard in experts.addressable_shards} == {experts.size // parts}
+
+
+@pytest.mark.parametrize(("mesh", "parts"), [("fsdp", 8), ("a mesh of jax's", 4)])
+def test_scanned_layers_are_spread(saved, mesh, parts):
+    model, folder = saved["mixtral"]
+    assert_spread(model, load_pretrained(folder, mesh=MESHES[mesh]).decoder, parts)
+
+
+def test_a_mesh_gives_the_same_logits_and_the_same_files(saved, tmp_path):
+    model, folder = saved["deepseek"]
+    spread = load_pretrained(folder, mesh=MESHES["fsdp and expert"])
+    assert_spread(model, spread.decoder, 8)
+    logits = load_pretrained(folder)(TOKENS)
+    np.testing.assert_allclose(spread(TOKENS), logits, atol=2e-5 * np.abs(logits).max())
     save_pretrained(spread, tmp_path, shard_bytes=100_000)
     files = sorted(path.name for path in folder.iterdir())
     assert files == sorted(path.name for path in tmp_path.iterdir())
     for file in files:
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file
-
-
-def test_a_mesh_gives_the_same_logits(saved):
-    folder = saved["deepseek"][1]
-    logits = load_pretrained(folder)(TOKENS)
-    spread = load_pretrained(folder, mesh=MESHES["fsdp and expert"])
-    np.testing.assert_allclose(spread(TOKENS), logits, atol=2e-5 * np.abs(logits).max())
 
 
 def test_a_mesh_with_other_axes_is_refused(saved):

@@ -13,14 +13,13 @@ from jaxmoe.models import Decoder
 
 CONFIG = ModelConfig(
     vocab_size=20, width=8, num_layers=1, num_heads=2, init_std=0.5,
-    moe=MoEConfig(num_experts=2, experts_per_token=1, expert_hidden=4),
+    moe=MoEConfig(num_experts=2, experts_per_token=2, expert_hidden=4),
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model():
-    with pytest.warns(UserWarning, match="experts_per_token=1"):
-        return Decoder(CONFIG, rngs=nnx.Rngs(0))
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from jaxmoe.interop.huggingface.pretrained import (
     read_state,
     save_pretrained,
 )
-from jaxmoe.sharding import make_partitioning
+from jaxmoe.sharding import partitioning_of_run
 from jaxmoe.storage import as_path, read_json, write_json
 from jaxmoe.training import CONFIG_FILE, abstract_state, read_parameters, state_with_parameters, write_start
 
@@ -44,9 +44,9 @@ def import_run(
     """
     folder = as_path(checkpoint)
     require_same_model(run.model, read_model_config(folder), folder)
-    partitioning = make_partitioning(run.mesh)
-    wanted = abstract_state(run, partitioning).params
-    params = read_state(folder, run.model, wanted, partitioning=partitioning)
+    partitioning = partitioning_of_run(run)
+    _, wanted = abstract_state(run, partitioning)
+    params = read_state(folder, run.model, wanted.params, partitioning=partitioning)
     state = state_with_parameters(run, params, partitioning)
     write_start(run, directory, state, started_from=str(folder), cache_dir=cache_dir)
 

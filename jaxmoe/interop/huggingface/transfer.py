@@ -98,8 +98,7 @@ def _is_derived(name: str) -> bool:
 
 
 def _read_parameter(files: TensorFiles, parts: Sequence[Part], target: jax.ShapeDtypeStruct) -> jax.Array:
-    pieces = _empty_pieces(target)
-    under_way: collections.deque[list[jax.Array]] = collections.deque()
+    pieces, under_way = _empty_pieces(target), 0
     for part in parts:
         for start, stop in block_rows(part, files.itemsize(part.tensor), BLOCK_BYTES):
             block = part.block(start, stop)
@@ -109,9 +108,9 @@ def _read_parameter(files: TensorFiles, parts: Sequence[Part], target: jax.Shape
             numbers = files.read(part.tensor, part.view[0], start, stop).reshape(stop - start, *part.view[1:])
             for piece, common in concerned:
                 _put(piece, numbers, part, block, common)
-            under_way.append([array for piece, _ in concerned for array in piece.arrays.values()])
-            if len(under_way) > _BLOCKS_UNDER_WAY:
-                under_way.clear()
+            under_way += 1
+            if under_way > _BLOCKS_UNDER_WAY:  # so that no more of them wait on the host
+                under_way = 0
                 jax.block_until_ready([array for piece in pieces for array in piece.arrays.values()])
     arrays = {device: array for piece in pieces for device, array in piece.arrays.items()}
     ordered = [arrays[device] for device in target.sharding.addressable_devices_indices_map(target.shape)]
