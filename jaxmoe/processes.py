@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import math
 import os
 import pathlib
 import re
@@ -54,7 +53,7 @@ def connect(
         "num_processes": _whole_number(num_processes, "JAX_NUM_PROCESSES"),
         "process_id": _whole_number(process_id, "JAX_PROCESS_ID"),
     }
-    slurm = _slurm_tasks(environment) > 1
+    slurm, hosts = _slurm_tasks(environment), _tpu_hosts(environment)
     if None not in given.values():
         if not 0 <= given["process_id"] < given["num_processes"]:
             raise ConfigError(
@@ -62,16 +61,16 @@ def connect(
                 f"{given['num_processes'] - 1}."
             )
         jax.distributed.initialize(**given, cluster_detection_method="deactivate")
-    elif slurm:
+    elif slurm > 1:
         # JAX gives every task of Slurm one device; a task that has its node for itself has all of them.
         devices = [] if _slurm_tasks_on_this_node(environment) == 1 else None
         jax.distributed.initialize(given["coordinator_address"], local_device_ids=devices)
-    elif given["coordinator_address"] is not None or (num_processes, process_id) != (None, None):
+    elif given != dict.fromkeys(given) and slurm != 1:
         missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
         raise ConfigError(f"{missing} must be given, too: a process has to know where the first is and which it is.")
-    elif _tpu_hosts(environment) > 1:
+    elif hosts > 1:
         jax.distributed.initialize()
-    elif _is_tpu_vm(environment):
+    elif hosts == 0 and _is_tpu_vm(environment):
         with contextlib.suppress(ValueError):  # no coordinator: not part of a slice of several hosts
             jax.distributed.initialize()
     if jax.distributed.is_initialized():
@@ -165,7 +164,7 @@ def _tpu_hosts(environment: Mapping[str, str]) -> int:
     """Hosts of all TPU slices, as GKE's variables have them; 0 where there are none."""
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
     names = [name for name in hosts.split(",") if name]
-    return math.prod([len(names), int(environment.get("MEGASCALE_NUM_SLICES") or 1)])
+    return len(names) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
 
 
 def _is_tpu_vm(environment: Mapping[str, str]) -> bool:

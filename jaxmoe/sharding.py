@@ -121,11 +121,11 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
             )
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
     by_process = len(slices) != config.slices
-    found = len({device.process_index for device in devices} if by_process else slices)
-    if found != config.slices:
+    processes = {device.process_index for device in devices}
+    if by_process and len(processes) != config.slices:
         raise ConfigError(
-            f"mesh: slices={config.slices}, but the devices are of {len(slices)} slices (and {found} processes); "
-            f"give mesh.slices={len(slices)}."
+            f"mesh: slices={config.slices}, but the devices are of {len(slices)} slices, and of {len(processes)} "
+            f"processes; give mesh.slices={len(slices)}."
         )
     inner = (config.data // config.slices, *shape[1:])
     outer = (config.slices, *(1 for _ in shape[1:]))

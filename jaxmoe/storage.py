@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from typing import Any
 
 from etils import epath
@@ -53,7 +54,8 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         path.write_bytes(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    # Processes of several machines may share the folder, so the process id alone is not a name of its own.
+    unfinished = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)

@@ -17,6 +17,9 @@ import pytest
 hypothesis.settings.register_profile("jaxmoe", deadline=None)
 hypothesis.settings.load_profile("jaxmoe")
 
+# gcsfs asks the storage server again and again what kind of bucket it has, which that cannot tell.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 SHARED = pathlib.Path(os.environ.get("JAXMOE_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
 
 

@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 import pallas_kernels
-from jaxmoe.config import MESH_AXES, ConfigError
+from jaxmoe.config import MESH_AXES, ConfigError, MeshConfig, to_dict
 from jaxmoe.layers import MoE
 from jaxmoe.layers.expert_parallel import compiler_options
-from jaxmoe.sharding import Partitioning, use_partitioning
+from jaxmoe.sharding import Partitioning, build_mesh, use_partitioning
 from pallas_kernels import targets
 
 AIM = 1.25
@@ -47,7 +44,7 @@ class Case:
     Attributes:
       chip: one of `pallas_kernels.execution.CHIPS`, or `cpu`.
       topology: as `targets.devices_of` takes it.
-      mesh: its axes that are not 1.
+      mesh: of the topology's devices.
       batch, sequence: of all devices.
       width, hidden, experts, k: D, F, E, K.
       buffer_factor, overlap: `expert_buffer_factor` and `expert_overlap` of `jaxmoe.config.MoEConfig`.
@@ -55,7 +52,7 @@ class Case:
 
     chip: str
     topology: str
-    mesh: dict[str, int]
+    mesh: MeshConfig
     batch: int
     sequence: int
     width: int
@@ -69,17 +66,22 @@ class Case:
     @property
     def devices(self) -> int:
         """Of the mesh."""
-        return math.prod(self.mesh.values())
+        return math.prod(self.mesh.shape.values())
 
     @property
     def group(self) -> int:
         """P."""
-        return self.mesh.get("expert", 1) * self.mesh.get("tensor", 1)
+        return self.mesh.expert * self.mesh.tensor
 
     @property
     def tokens(self) -> int:
         """T."""
         return self.batch * self.sequence // self.devices
+
+    @property
+    def rows(self) -> float:
+        """That one ragged exchange is given: T·K, or half of them."""
+        return self.tokens * self.k / (2 if self.overlap else 1)
 
     @property
     def least(self) -> float:
@@ -88,12 +90,12 @@ class Case:
 
 
 CASES = (
-    Case("v5p", "v5p:2x2x1", {"expert": 4}, 8, 2048, 1024, 2048, 16, 2),
-    Case("v5p", "v5p:2x2x1", {"expert": 4}, 8, 2048, 1024, 2048, 16, 2, overlap=True),
-    Case("v5p", "v5p:4x4x4", {"fsdp": 8, "expert": 8}, 64, 4096, 2048, 1024, 64, 8),
-    Case("v5p", "v5p:4x4x4", {"fsdp": 8, "expert": 4, "tensor": 2}, 32, 4096, 2048, 512, 256, 8),
+    Case("v5p", "v5p:2x2x1", MeshConfig(fsdp=1, expert=4), 8, 2048, 1024, 2048, 16, 2),
+    Case("v5p", "v5p:2x2x1", MeshConfig(fsdp=1, expert=4), 8, 2048, 1024, 2048, 16, 2, overlap=True),
+    Case("v5p", "v5p:4x4x4", MeshConfig(fsdp=8, expert=8), 64, 4096, 2048, 1024, 64, 8),
+    Case("v5p", "v5p:4x4x4", MeshConfig(fsdp=8, expert=4, tensor=2), 32, 4096, 2048, 512, 256, 8),
 )
-CPU_CASE = Case("cpu", "8 host devices", {"fsdp": 2, "expert": 4}, 16, 128, 64, 32, 16, 2, None, dtype="float32")
+CPU_CASE = Case("cpu", "8 host devices", MeshConfig(fsdp=2, expert=4), 16, 128, 64, 32, 16, 2, None, dtype="float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,7 @@ def collectives(program: str, row: int) -> list[Collective]:
 
     Args:
       program: optimized HLO.
-      row: bytes of a token, by which those that move tokens are known.
+      row: bytes of a token, by which the ragged exchanges that move tokens are known.
     """
     found = []
     for line in program.splitlines():
@@ -146,13 +148,15 @@ def collectives(program: str, row: int) -> list[Collective]:
             shapes = [max(shapes, key=lambda shape: (_BYTES[shape[0]] * math.prod(shape[1][1:]), math.prod(shape[1])))]
         buffers = [_BYTES[name] * math.prod(sizes) for name, sizes in shapes]
         name, sizes = shapes[0]
-        scope = re.search(r'op_name="([^"]*)"', line)
-        inside = scope is not None and re.search(r"/(send|return|sizes)/", scope[1])
+        scope = re.search(r'op_name="([^"]*)"', line)  # XLA:GPU forgets it of ragged exchanges
+        scope = scope[1] if scope else ""
         own_row = buffers[0] // (sizes[0] if sizes else 1)
         if name in ("s32", "u32"):
             part = "sizes"
-        elif inside:
+        elif match[2] == "ragged-all-to-all":
             part = "rows" if own_row == row else "gates"
+        elif re.search("/(send|return)/", scope):
+            part = "gates" if "/gates/" in scope else "rows"
         else:
             part = "other"
         found.append(Collective(match[2], part, sum(buffers), own_row, _group(line)))
@@ -177,25 +181,23 @@ def beside_kernels(program: str) -> tuple[int, int]:
 
 
 def _group(line: str) -> int:
-    """Devices of one replica group: `{{0,1},{2,3}}`, or `[groups,devices]<=[...]`."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    if listed:
+    """Devices of one replica group: `{{0,1},{2,3}}`, `[groups,devices]<=[...]`, or `mesh['a'=4,'b'=2] {'b'}`."""
+    if "collective-permute" in line:
+        return 2
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return listed[1].count(",") + 1
-    shaped = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    return int(shaped[1]) if shaped else 1
-
-
-@functools.cache
-def _mesh(chip: str, topology: str, sizes: tuple[tuple[str, int], ...]) -> Mesh:
-    shape = [dict(sizes).get(axis, 1) for axis in MESH_AXES]
-    devices = jax.devices() if chip == "cpu" else targets.devices_of(chip, topology)
-    return Mesh(np.asarray(devices[: math.prod(shape)]).reshape(shape), MESH_AXES)
+    if shaped := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(shaped[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(axis.split("=") for axis in named[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+    raise ValueError(f"the replica groups of {line.strip()[:200]!r} are in no form that is known.")
 
 
 def compiled(case: Case, *, gradient: bool) -> jax.stages.Compiled:
     """The layer on the case's mesh: outputs and statistics, or their sum's gradient."""
-    mesh = _mesh(case.chip, case.topology, tuple(case.mesh.items()))
-    partitioning = Partitioning(mesh)
+    devices = jax.devices() if case.chip == "cpu" else targets.devices_of(case.chip, case.topology)
+    partitioning = Partitioning(build_mesh(case.mesh, devices[: case.devices]))
     definition, params = nnx.split(
         nnx.eval_shape(
             lambda: MoE(
@@ -214,7 +216,7 @@ def compiled(case: Case, *, gradient: bool) -> jax.stages.Compiled:
     def spread(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=partitioning.sharding(axes, shape))
 
-    x = spread((case.batch, case.sequence, case.width), jnp.dtype(case.dtype), ("batch", "sequence"))
+    x = spread((case.batch, case.sequence, case.width), jnp.dtype(case.dtype), ("batch", "sequence", None))
     params = jax.tree.map(
         lambda variable: variable.replace(
             spread(variable.shape, variable.dtype, variable.get_metadata().get("logical_axes", ()))
@@ -247,13 +249,13 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
         buffers: dict[str, float] = {}
         for collective in found:
             name = f"{collective.part}: {collective.kind}"
-            sent[name] = sent.get(name, 0.0) + collective.sent(case.tokens * case.k) / case.tokens
+            sent[name] = sent.get(name, 0.0) + collective.sent(case.rows) / case.tokens
             buffers[name] = buffers.get(name, 0.0) + collective.buffer / case.tokens
         exchanged = sum(size for name, size in sent.items() if not name.startswith("other"))
         least = case.least * (2 if gradient else 1)
         rows.append(
             {
-                **dataclasses.asdict(case),
+                **to_dict(case),
                 "P": case.group,
                 "T": case.tokens,
                 "passes": "forward and backward" if gradient else "forward",
@@ -291,7 +293,7 @@ def describe(result: dict[str, Any]) -> str:
     """The result as text for people."""
     lines = [f"bytes sent by a device per token and routed layer; {result['compiler']}"]
     for row in result["rows"]:
-        axes = " x ".join(f"{size} {axis}" for axis, size in row["mesh"].items())
+        axes = " x ".join(f"{size} {axis}" for axis, size in row["mesh"].items() if axis in MESH_AXES and size != 1)
         lines += [
             "",
             f"{row['topology']}, {axes}: T={row['T']} D={row['width']} F={row['hidden']} E={row['experts']} "

@@ -123,6 +123,7 @@ def check_mesh(mesh: MeshConfig, model: ModelConfig, train: TrainConfig) -> None
     """
     if model.num_moe_layers:
         _check_divides(model.moe.num_experts, "num_experts", mesh, "expert", "tensor")
+        _check_divides(model.moe.shared_expert_hidden, "shared_expert_hidden", mesh, "tensor")
     _check_divides(model.num_heads, "num_heads", mesh, "tensor")
     _check_divides(model.kv_heads, "num_kv_heads", mesh, "tensor")
     _check_divides(model.vocab_size, "vocab_size", mesh, "tensor")

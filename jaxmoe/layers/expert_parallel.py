@@ -73,11 +73,11 @@ class TokenSplit:
         width = array.shape[len(self.leading) :]
         return jnp.pad(array.reshape(-1, *width), ((0, self.padding), *((0, 0) for _ in width)))
 
-    def joined(self, array: Shaped[Array, "*cut D"]) -> Shaped[Array, "*tokens D"]:
+    def joined(self, array: Shaped[Array, "*cut *D"]) -> Shaped[Array, "*tokens *D"]:
         """The inverse of `cut`."""
         if self.by_sequence:
             return array
-        return array[: array.shape[0] - self.padding].reshape(*self.leading, array.shape[-1])
+        return array[: array.shape[0] - self.padding].reshape(*self.leading, *array.shape[1:])
 
 
 def expert_axes(partitioning: Partitioning, num_experts: int) -> Axes:
@@ -148,7 +148,8 @@ def routed_mlp(
     with jax.named_scope("send"):
         rows = pallas_kernels.dispatch(x, plan, backend=backend)
         received = exchange(rows, slices, room, axes)
-        row_gate = exchange(_in_order(gate.astype(jnp.float32), plan), slices, room, axes)
+        with jax.named_scope("gates"):
+            row_gate = exchange(_in_order(gate.astype(jnp.float32), plan), slices, room, axes)
     with jax.named_scope("experts"):
         outputs = pallas_kernels.moe_mlp(
             received, local_expert[:, None], row_gate[:, None], gate_up, down, backend=backend

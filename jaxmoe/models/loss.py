@@ -18,6 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.accounting import LOSS_CHUNK_LOGITS
 from jaxmoe.sharding import Partitioning, gathered, partitioning_in_use
+from pallas_kernels import execution
+
+LOSS_CHUNK_TOKENS = 1024
+"""Tokens of a chunk on TPU and GPU, at least: with few, the head's gradient is read and written for little work."""
 
 
 def token_nll(logits: Float[Array, "*tokens V"], targets: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
@@ -32,7 +36,7 @@ def language_model_loss(
     targets: Int[Array, "B S"],
     loss_weights: Float[Array, "B S"],
     *,
-    chunk_logits: int = LOSS_CHUNK_LOGITS,
+    chunk_logits: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B S"]]:
     """Cross-entropy of final hidden states, chunk by chunk over the sequence.
 
@@ -44,7 +48,8 @@ def language_model_loss(
       head_weight: of `Decoder.head_weight`.
       targets: the next tokens, each in [0, V).
       loss_weights: of every target; 0 on padding. Not differentiated.
-      chunk_logits: bound on the logits held at a time.
+      chunk_logits: bound on the logits that a device holds at a time; None: `LOSS_CHUNK_LOGITS`, and on TPU and GPU
+        those of `LOSS_CHUNK_TOKENS` tokens if they are more.
 
     Returns:
       Sum of weight · nll (divide it by the sum of weights for the loss); and the nll of each token in nats,
@@ -62,8 +67,11 @@ def language_model_loss(
     return total, jax.lax.stop_gradient(nll[:, : targets.shape[1]])
 
 
-def _chunk_length(rows: int, length: int, vocabulary: int, chunk_logits: int) -> int:
+def _chunk_length(rows: int, length: int, vocabulary: int, chunk_logits: int | None) -> int:
     """C, from the sizes on one device."""
+    if chunk_logits is None:
+        least = 0 if execution.platform() == "cpu" else LOSS_CHUNK_TOKENS * vocabulary
+        chunk_logits = max(LOSS_CHUNK_LOGITS, least)
     chunks = min(length, max(1, math.ceil(rows * length * vocabulary / chunk_logits)))
     return math.ceil(length / chunks)
 

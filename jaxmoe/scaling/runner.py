@@ -6,6 +6,7 @@ The study's folder is the only state:
     MEMBER/config.json              the member's complete configuration
     MEMBER/metrics.jsonl ...        written by `jaxmoe.training.train`
     MEMBER/records/*.json           what was measured
+    MEMBER/status.json              what it is doing, how far it is, its last error
     MEMBER/DONE                     step, loss and configuration hash of a finished member
 """
 
@@ -24,8 +25,11 @@ from etils import epath
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, set_aside, write_records
 from jaxmoe.processes import is_first, of_first, together
-from jaxmoe.scaling.preflight import STUDY_FILE, Resume, is_done, preflight, read_done, study_file_contents
+from jaxmoe.scaling.heartbeat import Heartbeat, record_end
+from jaxmoe.scaling.preflight import Resume, preflight
+from jaxmoe.scaling.status import is_done, read_done
 from jaxmoe.scaling.study import Member, Study
+from jaxmoe.scaling.study_file import write_study_file
 from jaxmoe.storage import as_path, is_remote, read_json, write_json
 from jaxmoe.training import (
     DONE_FILE,
@@ -122,7 +126,12 @@ def run_study(
     workdir = as_path(workdir)
     members = study.members if only is None else (study.member(only),)
     with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
-        return _run_members(study, members, workdir, resume, progress, command, stop)
+        try:
+            return _run_members(study, members, workdir, resume, progress, command, stop)
+        except ConfigError as error:
+            if only is not None and is_first() and workdir.is_dir():
+                record_end(workdir / only, "failed", str(error))
+            raise
 
 
 def _run_members(
@@ -139,7 +148,7 @@ def _run_members(
     with together():
         if is_first():  # the others find what it has tokenized
             preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
-            write_json(workdir / STUDY_FILE, study_file_contents(study, workdir, command))
+            write_study_file(study, workdir, command, for_one_member=len(members) < len(study.members))
     results: list[MemberResult] = []
     with _reporting(progress) as progress:
         finished = sum(member.config.train.steps for member in members if is_done(workdir / member.name, member))
@@ -233,6 +242,23 @@ def run_member(
 
 
 def _attempt(
+    member: Member,
+    workdir: epath.Path,
+    study_name: str,
+    resume: Resume,
+    progress: ProgressReporter,
+    cache_dir: str | None,
+    stop: StopRequest,
+) -> MemberResult:
+    """`run_member`, with what goes wrong as a result, and with signs of life in the member's folder."""
+    writes = is_first() and not is_done(workdir / member.name, member)
+    with Heartbeat(workdir / member.name, progress, write=writes) as heartbeat:
+        result = _outcome(member, workdir, study_name, resume, progress, cache_dir, stop)
+        heartbeat.ended("preempted" if result.status == "resumable" else result.status, result.error)
+    return result
+
+
+def _outcome(
     member: Member,
     workdir: epath.Path,
     study_name: str,

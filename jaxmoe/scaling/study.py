@@ -18,7 +18,7 @@ _PUBLISHED = (
 )  # fmt: skip
 SECTIONS = ("model", "data", "train", "evaluation", "mesh")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_RESERVED_NAMES = ("report", "cache", "study.json")
+_RESERVED_NAMES = ("report", "cache", "logs", "study.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

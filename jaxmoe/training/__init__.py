@@ -1,5 +1,6 @@
 """Training: optimizer, step, loop, checkpoints, logs."""
 
+from jaxmoe.exclusive import check_unused
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
@@ -12,7 +13,6 @@ from jaxmoe.training.errors import (
     NoSpaceLeftError,
     TrainingError,
 )
-from jaxmoe.training.exclusive import check_unused
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY, TrainResult, train
 from jaxmoe.training.metrics import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.training.optimizer import decay_mask, make_optimizer

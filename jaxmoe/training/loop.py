@@ -17,6 +17,7 @@ from etils import epath
 from jaxmoe.accounting import flops_per_token
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.data import Mixture
+from jaxmoe.exclusive import exclusive
 from jaxmoe.processes import is_first, together
 from jaxmoe.sharding import Partitioning, partitioning_of_run, rows_here
 from jaxmoe.training.allocator import reuse_freed_memory
@@ -24,12 +25,11 @@ from jaxmoe.training.bad_steps import is_bad, judge_bad_step
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import EvaluationStopped, TrainingError, explain_no_space
-from jaxmoe.training.exclusive import exclusive
 from jaxmoe.training.metrics import MetricsLog, NoLog, Throughput, plain_number
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.state import init_state
-from jaxmoe.training.step import Metrics, make_train_step, place_batch
+from jaxmoe.training.step import Metrics, make_train_step, parameter_norm, place_batch
 from jaxmoe.training.watchdog import Watchdog
 from jaxmoe.training.workdir import Resume, check_contents, check_directory, claim_directory, training_hash
 
@@ -205,6 +205,8 @@ class _Loop:
                     self._state = dataclasses.replace(self._state, recent=self._state.recent.cleared())
                 self._state, metrics = train_step(self._state, batch)
                 self._step += 1
+                if self._is_logged(self._step):
+                    metrics = metrics | {"param_norm": parameter_norm(self._state.params)}
                 self._in_flight.append(_InFlight(self._step, metrics, self._stop.ask()))
                 self._observe(_STEPS_IN_FLIGHT)
                 self._checkpoints.raise_if_failed()
@@ -216,6 +218,9 @@ class _Loop:
                     self._save(batches.get_state())
         finally:
             batches.close()
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self._run.train.log_every == 0 or step == self._run.train.steps
 
     def _observe(self, leave: int) -> None:
         """Looks at the numbers of the oldest steps in flight until `leave` are left, waiting for them."""
@@ -230,7 +235,7 @@ class _Loop:
             self._loss = plain_number(oldest.metrics["loss"])
             if self._progress is not None:
                 self._progress.advance(oldest.step, self._loss, self._throughput.tokens_per_second)
-            if bad or oldest.step % self._run.train.log_every == 0 or oldest.step == self._run.train.steps:
+            if bad or self._is_logged(oldest.step):
                 self._log.write(oldest.step, jax.device_get(oldest.metrics), self._throughput.line(oldest.step))
             if failure is not None:
                 self._fail(failure)

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxmoe.run_files import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.storage import is_remote, write_text
 from jaxmoe.training.tensorboard import EventFile
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-THROUGHPUT_FILE = "throughput.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
 _ORDER = (
@@ -45,12 +44,12 @@ def metrics_line(step: int, metrics: Mapping[str, Any], source_names: Sequence[s
 
     Args:
       step: the number of the update, counted from 1.
-      metrics: of the train step, fetched.
+      metrics: of the train step and `param_norm` after it, fetched.
       source_names: of the mixture, in its order; their losses become `loss/NAME`.
 
     Returns:
-      `step`, the scalars of `jaxmoe.training.make_train_step`, and the loss of every source, None where the batch
-      has none of it or where a number is not finite.
+      `step`, the scalars, and the loss of every source, None where the batch has none of it or where a number is not
+      finite.
     """
     line: dict[str, float | int | None] = {"step": step}
     line.update((name, plain_number(metrics[name])) for name in _ORDER if name in metrics)

@@ -12,10 +12,10 @@ from flax import nnx
 
 from jaxmoe.config import ConfigError, MeshConfig, RunConfig, config_hash
 from jaxmoe.data import Mixture
+from jaxmoe.exclusive import exclusive
 from jaxmoe.processes import is_first, together
 from jaxmoe.sharding import Partitioning, make_partitioning, use_partitioning
 from jaxmoe.training.checkpoints import Checkpoints
-from jaxmoe.training.exclusive import exclusive
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 from jaxmoe.training.optimizer import make_optimizer
 from jaxmoe.training.state import TrainState, abstract_state, init_state, initial_state, relevant_to_step

@@ -32,7 +32,7 @@ Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 _BATCH_KEYS = ("inputs", "targets", "loss_weights", "segment_ids", "source")
-_BATCH_AXES = ("batch", "sequence")
+BATCH_AXES = ("batch", "sequence")
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +90,7 @@ def accumulated_sums(
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
     else:  # each device divides the rows that it has
         parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-        parts = {key: constrain(x, None, *_BATCH_AXES[: x.ndim - 1]) for key, x in parts.items()}
+        parts = {key: constrain(x, None, *BATCH_AXES[: x.ndim - 1]) for key, x in parts.items()}
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(carry, part):
@@ -111,7 +111,7 @@ def make_train_step(
     * `loss`: sum of weighted negative log-likelihoods / sum of weights, nats per token, no auxiliary loss in it;
       `source_loss` (sources,): the same of each source, NaN where the batch has none of it.
     * `load_balance`, `router_z`: auxiliary losses without their coefficients; `total_loss`: what is differentiated.
-    * `grad_norm` before clipping, `param_norm` after the update, `learning_rate` of the update.
+    * `grad_norm` before clipping, `learning_rate` of the update.
     * those of `jaxmoe.layers.load_metrics` if a layer routes.
     * `tokens`: predicted positions without padding; `skipped` and `skipped_in_a_row`, as in `TrainState`.
     * those of `jaxmoe.training.spikes.find_spike` if the run looks for spikes.
@@ -183,7 +183,6 @@ def _compiled_step(
             **losses,
             "source_loss": sums.source_nll / sums.source_weight,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(following.params),
             "learning_rate": schedule(number),
             **({} if sums.router is None else load_metrics(sums.router)),
             "tokens": sums.tokens,
@@ -212,6 +211,12 @@ def _compiled_step(
     )
 
 
+@jax.jit
+def parameter_norm(params: nnx.State) -> Float[Array, ""]:
+    """The L2 norm of all parameters. No step needs it, and it reads them all: for the steps that are logged."""
+    return optax.tree.norm(params)
+
+
 def place_batch(batch: Batch, partitioning: Partitioning | None = None, batch_size: int | None = None) -> Batch:
     """A batch as arrays over the mesh, of which this process has, and gives, the rows that its devices hold.
 
@@ -233,7 +238,7 @@ def place_batch(batch: Batch, partitioning: Partitioning | None = None, batch_si
             first = int(np.searchsorted(here, start))
             return x[(slice(first, first + stop - start), *index[1:])]
 
-        return jax.make_array_from_callback(shape, partitioning.sharding(_BATCH_AXES[: x.ndim], shape), part)
+        return jax.make_array_from_callback(shape, partitioning.sharding(BATCH_AXES[: x.ndim], shape), part)
 
     return {key: place(np.asarray(batch[key])) for key in _BATCH_KEYS}
 

@@ -10,10 +10,9 @@ from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash, to_dict
 from jaxmoe.data import DataError, content_changes
+from jaxmoe.run_files import CONFIG_FILE, DONE_FILE
 from jaxmoe.storage import read_json, write_json
 
-CONFIG_FILE = "config.json"
-DONE_FILE = "DONE"
 Resume = Literal["auto", "force"]
 
 _BOOKKEEPING = tuple(

@@ -8,18 +8,20 @@ import pytest
 
 from experiments.benchmarks import collectives
 from experiments.benchmarks.collectives import Case, Collective
+from jaxmoe.config import ConfigError, MeshConfig
 from pallas_kernels import targets
 
-TPU = Case("v5p", "v5p:2x2x1", {"fsdp": 2, "expert": 2}, 4, 512, 1024, 256, 8, 2)
-GPU = Case("h100", "1x1x4", {"fsdp": 2, "expert": 2}, 4, 512, 1024, 256, 8, 2)
+TPU = Case("v5p", "v5p:2x2x1", MeshConfig(fsdp=2, expert=2), 4, 512, 1024, 256, 8, 2)
+GPU = Case("h100", "1x1x4", MeshConfig(fsdp=2, expert=2), 4, 512, 1024, 256, 8, 2)
 
 PROGRAM = """
   %a = bf16[3072,2,512]{2,1,0:T(2,128)(2,1)} ragged-all-to-all(%x), replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/routed_mlp/send/ragged_all_to_all"}
   %b = f32[3072,1,128]{2,1,0} ragged-all-to-all-start(%y), replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/routed_mlp/send/r"}
   %c = s32[64]{0} all-reduce(%z), replica_groups=[2,4]<=[8], to_apply=%add
   %d = f32[256,64]{1,0} reduce-scatter(%w), replica_groups={{0,1},{2,3}}, metadata={op_name="jit(f)/whole"}
-  %e = (f32[2]{0}, f32[2]{0}) all-to-all(%u, %v), replica_groups={{0,1}}, metadata={op_name="jit(f)/return/all_to_all"}
+  %e = (f32[2]{0}, f32[2]{0}) all-to-all(%u, %v), replica_groups={{0,1}}, metadata={op_name="jit(f)/send/gates/all_to_all"}
   %f = bf16[8,16]{1,0} all-gather-done(%g)
+  %h = f32[12]{0} all-gather(%i), replica_groups=mesh['axis_0'=32,'axis_1'=1,'axis_2'=2] {'axis_1','axis_2'}, dimensions={0}
 """  # noqa: E501
 
 
@@ -31,6 +33,7 @@ def test_collectives_are_read_from_a_program():
         Collective("all-reduce", "sizes", 256, 4, 4),
         Collective("reduce-scatter", "other", 256 * 64 * 4, 256, 2),
         Collective("all-to-all", "gates", 16, 4, 2),
+        Collective("all-gather", "other", 48, 4, 2),
     ]
     assert [collective.sent(rows=100) for collective in found] == [
         100 * 2048 * 0.75,
@@ -38,6 +41,7 @@ def test_collectives_are_read_from_a_program():
         2 * 256 * 0.75,
         256 * 64 * 4,
         16 * 0.5,
+        48 * 0.5,
     ]
 
 
@@ -71,7 +75,7 @@ def test_the_exchange_moves_what_it_must(case):
     parts = [collective.part for collective in found]
     assert parts.count("rows") == 4
     assert parts.count("gates") == 2
-    sent = sum(collective.sent(case.tokens * case.k) for collective in found if collective.part != "other")
+    sent = sum(collective.sent(case.rows) for collective in found if collective.part != "other")
     assert 1 <= sent / case.tokens / (2 * case.least) <= collectives.AIM
     gathered = [line for line in program.splitlines() if re.search(r"= .* all-gather(-start)?\(", line)]
     assert any("bf16" in line for line in gathered)
@@ -106,3 +110,13 @@ def test_the_result_is_described():
     text = collectives.describe({"compiler": "XLA:TPU", "rows": rows})
     assert "v5p:2x2x1, 2 fsdp x 2 expert: T=512 D=1024 F=256 E=8 K=2 P=2 bfloat16, forward\n" in text
     assert "aim 1.25" in text
+
+
+def test_without_a_compiler_or_devices_it_says_what_is_missing(monkeypatch):
+    def missing(case, *, gradient):
+        raise targets.CompilerMissing("the compiler for v5p is not at hand.")
+
+    monkeypatch.setattr(collectives, "compiled", missing)
+    monkeypatch.setattr(collectives.jax, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"v5p is not at hand\. Or set .*_device_count=8"):
+        collectives.run()

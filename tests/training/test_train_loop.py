@@ -13,6 +13,7 @@ import pytest
 
 from jaxmoe.config import ConfigError, TextSource, config_hash
 from jaxmoe.data import DataError, Mixture, content_changes
+from jaxmoe.exclusive import LOCK_FILE, exclusive
 from jaxmoe.training import (
     CheckpointError,
     NonFiniteLossError,
@@ -415,3 +416,9 @@ def test_every_difference_of_data_is_listed(tiny_run):
         "source 'reasoning' was there, and is not now",
         "source 'more' was not there",
     ]
+
+
+def test_a_run_is_not_trained_twice_at_a_time(tiny_run, tmp_path):
+    with exclusive(tmp_path), pytest.raises(ConfigError, match="another folder"):
+        train(tiny_run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE], "nothing is written before the lock is held"
