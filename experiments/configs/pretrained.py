@@ -5,9 +5,9 @@
     python -m experiments.run --config=experiments/configs/pretrained.py:FOLDER --workdir=runs/continued \\
         --config.data.sources.documents.paths="('corpus/*.jsonl',)"
 
-FOLDER is of Hugging Face transformers: its config.json gives the model, its tokenizer.json the tokenizer. Both commands
-take the same overrides. The learning rate is a tenth of the study's peak, warmed up and held, as is usual for going on
-with a model that has seen its whole schedule.
+FOLDER is of Hugging Face transformers: its config.json gives the model, its tokenizer.json or tokenizer.model the
+tokenizer. Both commands take the same overrides. The learning rate is a tenth of the study's peak, warmed up and held,
+as is usual for going on with a model that has seen its whole schedule.
 """
 
 import ml_collections
@@ -18,15 +18,19 @@ from jaxmoe.config import ConfigError, to_dict
 def get_config(folder: str = "") -> ml_collections.ConfigDict:
     """The study of one member whose model is that of the checkpoint in `folder`."""
     from jaxmoe.interop.huggingface import read_model_config
+    from jaxmoe.storage import as_path
 
     if not folder:
         raise ConfigError("pretrained.py needs the folder of a checkpoint: --config=.../pretrained.py:FOLDER.")
+    tokenizers = [name for name in ("tokenizer.json", "tokenizer.model") if (as_path(folder) / name).exists()]
+    if not tokenizers:
+        raise ConfigError(f"{folder} has neither tokenizer.json nor tokenizer.model.")
     config = ml_collections.ConfigDict()
     config.study = {"name": "continued", "title": f"Going on from {folder}", "held_fixed": {}, "varies": ()}
     config.seeds = (0,)
     config.model = to_dict(read_model_config(folder))
     config.data = {
-        "tokenizer": f"{folder}/tokenizer.json",
+        "tokenizer": f"{folder}/{tokenizers[0]}",
         "sources": {"documents": {"kind": "text", "paths": ("corpus/*.txt",)}},
     }
     config.train = {
