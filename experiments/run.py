@@ -32,6 +32,10 @@ _RESUME = flags.DEFINE_enum(
     "resume", "auto", ["auto", "force"],
     "`force` goes on in a folder whose configuration differs from this one; `auto` refuses and shows the difference.",
 )
+_STRICT_RESTORE = flags.DEFINE_bool(
+    "strict_restore", False,
+    "Stop where a checkpoint is damaged, and move nothing; else it is set aside and the one before it is taken.",
+)
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: schedulers restart it
 
@@ -61,7 +65,10 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     workdir = _WORKDIR.value or f"runs/{study.name}"
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
     with reuse_freed_memory():  # before JAX starts its threads
-        outcome = run_study(study, workdir, only=_MEMBER.value, resume=_RESUME.value, command=command)
+        outcome = run_study(
+            study, workdir, only=_MEMBER.value, resume=_RESUME.value, strict_restore=_STRICT_RESTORE.value,
+            command=command,
+        )  # fmt: skip
     if outcome.status == "resumable":
         print(f"stopped by a signal; nothing is lost. Run the same command again to go on ({workdir}).")
         return RESUMABLE

@@ -23,7 +23,7 @@ import jax
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
-from jaxmoe.evaluation import checkpoint_context, evaluate_all, set_aside, write_records
+from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, set_aside, write_records
 from jaxmoe.scaling.preflight import STUDY_FILE, Resume, is_done, preflight, read_done, study_file_contents
 from jaxmoe.scaling.study import Member, Study
 from jaxmoe.storage import as_path, is_remote, read_json, write_json
@@ -93,6 +93,7 @@ def run_study(
     *,
     only: str | None = None,
     resume: Resume = "auto",
+    strict_restore: bool = False,
     progress: ProgressReporter | None = None,
     command: str | None = None,
 ) -> StudyResult:
@@ -104,6 +105,7 @@ def run_study(
       only: train this member alone.
       resume: `force` goes on in folders of another configuration, from the checkpoints that are there. A finished
         member stays what it was trained as: it may be evaluated otherwise, or trained for more steps.
+      strict_restore: a damaged checkpoint ends its member with an error, instead of being set aside.
       progress: to report to; None makes one that writes to stderr.
       command: how a person would start this, for `study.json`.
 
@@ -117,7 +119,7 @@ def run_study(
     workdir = as_path(workdir)
     members = study.members if only is None else (study.member(only),)
     with StopRequest() as stop:
-        return _run_members(study, members, workdir, resume, progress, command, stop)
+        return _run_members(study, members, workdir, resume, strict_restore, progress, command, stop)
 
 
 def _run_members(
@@ -125,6 +127,7 @@ def _run_members(
     members: Sequence[Member],
     workdir: epath.Path,
     resume: Resume,
+    strict_restore: bool,
     progress: ProgressReporter | None,
     command: str | None,
     stop: StopRequest,
@@ -143,7 +146,7 @@ def _run_members(
             if stop.requested is not None and not is_done(workdir / member.name, member):
                 logger.info("stopped by %s before %s; run again to go on", stop.requested, member.name)
                 break
-            result = _attempt(member, workdir, study.name, resume, progress, cache_dir, stop)
+            result = _attempt(member, workdir, study.name, resume, strict_restore, progress, cache_dir, stop)
             results.append(result)
             if result.status == "skipped":
                 progress.note(f"{member.name}: done before, skipped")
@@ -161,6 +164,7 @@ def run_member(
     *,
     study_name: str | None = None,
     resume: Resume = "auto",
+    strict_restore: bool = False,
     progress: ProgressReporter | None = None,
     cache_dir: str | os.PathLike | None = None,
     stop: StopRequest | None = None,
@@ -171,7 +175,7 @@ def run_member(
       member: of a study.
       study_dir: the study's folder; the member's is in it.
       study_name: for the records; None: the folder's name.
-      resume, progress: as in `run_study`.
+      resume, strict_restore, progress: as in `run_study`.
       cache_dir: where tokenized text is kept if the configuration does not say.
       stop: asks to stop; None: SIGTERM and SIGINT do, while this call trains.
 
@@ -195,13 +199,16 @@ def run_member(
         if moved:
             logger.info("%s: %d records of an earlier configuration are in earlier_records now", member.name, moved)
 
-    def evaluate(context: EvaluationContext) -> None:
+    def evaluate(context: EvaluationContext) -> dict[str, float | None]:
         set_aside_once()
-        write_records(directory, evaluate_all(context, labels))
+        records = evaluate_all(context, labels)
+        write_records(directory, records)
+        return named_numbers(records)
 
     result = train(
-        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume, stop=stop
-    )
+        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume,
+        strict_restore=strict_restore, stop=stop,
+    )  # fmt: skip
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
     if not _has_records(directory, member.config):
@@ -226,6 +233,7 @@ def _attempt(
     workdir: epath.Path,
     study_name: str,
     resume: Resume,
+    strict_restore: bool,
     progress: ProgressReporter,
     cache_dir: str | None,
     stop: StopRequest,
@@ -233,8 +241,9 @@ def _attempt(
     """`run_member`, with what goes wrong as a result."""
     try:
         return run_member(
-            member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
-        )
+            member, workdir, study_name=study_name, resume=resume, strict_restore=strict_restore, progress=progress,
+            cache_dir=cache_dir, stop=stop,
+        )  # fmt: skip
     except (ConfigError, TrainingError) as error:
         fatal = isinstance(error, NoSpaceLeftError)
         return MemberResult(member.name, "failed", error=str(error), fatal=fatal)

@@ -1,7 +1,7 @@
 """Training: optimizer, step, loop, checkpoints, logs."""
 
 from jaxmoe.training.allocator import reuse_freed_memory
-from jaxmoe.training.checkpoints import Checkpoints, check_format
+from jaxmoe.training.checkpoints import Checkpoints, Storage, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import (
     CheckpointError,
@@ -14,10 +14,11 @@ from jaxmoe.training.exclusive import check_unused
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY, TrainResult, train
 from jaxmoe.training.metrics import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.training.optimizer import decay_mask, make_optimizer
+from jaxmoe.training.policies import Retention
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.signals import StopRequest
-from jaxmoe.training.state import TrainState, init_state
+from jaxmoe.training.state import TrainState, abstract_state, init_state
 from jaxmoe.training.step import make_train_step
 from jaxmoe.training.workdir import CONFIG_FILE, DONE_FILE, check_directory, claim_directory
 
@@ -35,10 +36,13 @@ __all__ = [
     "NonFiniteLossError",
     "ProgressReporter",
     "Resumed",
+    "Retention",
     "StopRequest",
+    "Storage",
     "TrainResult",
     "TrainState",
     "TrainingError",
+    "abstract_state",
     "averaging_window",
     "check_directory",
     "check_format",

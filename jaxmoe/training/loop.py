@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -19,20 +19,24 @@ from jaxmoe.accounting import flops_per_token
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.data import Mixture
 from jaxmoe.training.allocator import reuse_freed_memory
-from jaxmoe.training.checkpoints import Checkpoints
+from jaxmoe.training.checkpoints import Checkpoints, Storage
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import EvaluationStopped, NonFiniteLossError, explain_no_space
 from jaxmoe.training.exclusive import exclusive
 from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
+from jaxmoe.training.policies import Retention, SaveSchedule, quality
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
-from jaxmoe.training.state import init_state
+from jaxmoe.training.state import abstract_state, init_state
 from jaxmoe.training.step import Metrics, make_train_step
 from jaxmoe.training.workdir import Resume, check_contents, check_directory, claim_directory, training_hash
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_DIRECTORY = "checkpoints"
+
+Evaluator = Callable[[EvaluationContext], Mapping[str, float | None] | None]
+"""Evaluates a model in training; returns what it measured by name, for `train.best_metric`, or None."""
 
 _STEPS_IN_FLIGHT = 2
 
@@ -58,10 +62,11 @@ def train(
     run: RunConfig,
     directory: epath.PathLike,
     *,
-    on_evaluate: Callable[[EvaluationContext], None] | None = None,
+    on_evaluate: Evaluator | None = None,
     progress: ProgressReporter | None = None,
     cache_dir: str | os.PathLike | None = None,
     resume: Resume = "auto",
+    strict_restore: bool = False,
     stop: StopRequest | None = None,
 ) -> TrainResult:
     """Trains a run to its end, going on after the newest checkpoint in its directory if there is one.
@@ -81,12 +86,13 @@ def train(
       resume: `force` goes on in a directory of another configuration, or with data that changed since its checkpoint,
         unless that run is finished and was trained as something else; config.json is replaced once the checkpoint
         is known to fit.
+      strict_restore: a damaged checkpoint is an error, instead of being set aside for the one before it.
       stop: asks the run to stop; None: SIGTERM and SIGINT do, while this call lasts.
 
     Raises:
       ConfigError: the configuration cannot be run, or not in this directory, or not with the data as they are now;
         another process is training in the directory.
-      TrainingError: a full disk, no readable checkpoint, or too many non-finite steps in a row.
+      TrainingError: storage that stays full or away, no readable checkpoint, or too many non-finite steps in a row.
     """
     directory = epath.Path(directory)
     if jax.process_count() > 1:
@@ -99,10 +105,11 @@ def train(
         if stop is None:
             stop = stack.enter_context(StopRequest())
         stack.enter_context(exclusive(directory))
-        keep = run.train.keep_checkpoints
-        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, keep))
+        retention, storage = Retention.of(run.train), Storage.of(run.train)
+        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, retention, storage))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))
-        return _Loop(run, directory, mixture, checkpoints, resume, stop, on_evaluate, progress).run_to_end()
+        loop = _Loop(run, directory, mixture, checkpoints, resume, strict_restore, stop, on_evaluate, progress)
+        return loop.run_to_end()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,17 +131,20 @@ class _Loop:
         mixture: Mixture,
         checkpoints: Checkpoints,
         resume: Resume,
+        strict_restore: bool,
         stop: StopRequest,
-        on_evaluate: Callable[[EvaluationContext], None] | None,
+        on_evaluate: Evaluator | None,
         progress: ProgressReporter | None,
     ):
         self._run, self._directory, self._mixture = run, directory, mixture
         self._checkpoints, self._stop, self._on_evaluate, self._progress = checkpoints, stop, on_evaluate, progress
         self._source_names, self._contents = mixture.source_names, mixture.contents()
-        self._graphdef, self._state = init_state(run)
-        self._step, self._loss, self._resumed, evaluated = 0, None, None, True
-        restored = checkpoints.restore(self._state)
-        if restored is not None:
+        self._step, self._loss, self._resumed, self._quality, evaluated = 0, None, None, None, True
+        self._graphdef, like = abstract_state(run)
+        restored = checkpoints.restore(like, strict=strict_restore)
+        if restored is None:
+            _, self._state = init_state(run)
+        else:
             self._state, self._step = restored.state, restored.step
             self._loss, evaluated = restored.metadata["loss"], restored.metadata["evaluated"]
             self._check_resumable()
@@ -176,6 +186,7 @@ class _Loop:
         evaluations = frozenset(run.evaluation.steps_of(steps))
         window = averaging_window(run.train, len(evaluations))
         window_starts = {step - window for step in evaluations}
+        schedule = SaveSchedule(run.train, evaluations)
         batches = self._mixture.iterator(self._step)
         try:
             while self._step < steps and self._stop.requested is None:
@@ -187,11 +198,10 @@ class _Loop:
                 self._in_flight.append(_InFlight(self._step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
                 self._observe(_STEPS_IN_FLIGHT)
                 self._checkpoints.raise_if_failed()
-                self._evaluation_due = self._step in evaluations
+                self._evaluation_due, self._quality = self._step in evaluations, None
                 if self._evaluation_due and self._stop.requested is None:
                     self._evaluate()
-                at_interval = self._step % run.train.checkpoint_interval == 0 or self._step == steps
-                if at_interval or self._stop.requested is not None:
+                if schedule.due(self._step) or self._stop.requested is not None:
                     self._save(batches.get_state())
         finally:
             batches.close()
@@ -237,13 +247,14 @@ class _Loop:
                 self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed, self._stop
             )
             try:
-                self._on_evaluate(context)
+                measured = self._on_evaluate(context)
             except EvaluationStopped:
                 return  # it stays due
+            self._quality = quality(self._run.train, context.training_loss, measured)
         self._evaluation_due = False
 
     def _save(self, data: Any) -> None:
-        """Starts a checkpoint; everything logged so far is on disk before it can be complete."""
+        """Starts a checkpoint; everything logged so far is in storage before it can be complete."""
         self._settle()
         rows = self._step * self._run.train.batch_size
         accounts = self._mixture.accounting(self._step).values()
@@ -260,12 +271,13 @@ class _Loop:
                 "data": {"iterator": data, "step": self._step, "rows": rows, "contents": self._contents},
                 "sources": {account.name: {"rows": account.rows, "tokens": account.tokens} for account in accounts},
             },
+            quality=self._quality,
+            first=self._log.flush,
         )
 
     def _settle(self) -> None:
-        """Waits for every step in flight, and brings the log to disk."""
+        """Waits for every step in flight."""
         self._observe(leave=0)
-        self._log.flush()
         self._throughput.pause()
 
     def _check_resumable(self) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import pathlib
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from jaxmoe.storage import is_remote, write_text
+from jaxmoe.training.appending import AppendedFile
 from jaxmoe.training.tensorboard import EventFile
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ class JsonLines:
     """A file of one JSON object per line, each with its `step`, in rising order.
 
     A local file is appended to line by line. Object stores cannot append, so elsewhere the lines are held and the
-    file is written anew at `flush`.
+    file is written anew at `flush`. On a disk that is full, or a store that does not answer, lines are held until it
+    is mended. Several threads may use it.
 
     Args:
       path: of the file; its folder must exist.
@@ -78,31 +79,41 @@ class JsonLines:
         if not whole:
             write_text(self._path, "".join(kept))
         remote = is_remote(self._path)
-        self._lines = kept if remote else []
-        self._file = None if remote else pathlib.Path(self._path).open("ab", buffering=0)  # noqa: SIM115
+        self._file = None if remote else AppendedFile(self._path)
+        self._lines, self._in_store = (kept, len(kept)) if remote else ([], 0)
+        self._flushing = threading.Lock()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Adds a line; a reader may see it from now on, and after `flush` it survives."""
         text = json.dumps(line, allow_nan=False) + "\n"
         if self._file is None:
             self._lines.append(text)
-            return
-        remaining = memoryview(text.encode())
-        while remaining:
-            remaining = remaining[self._file.write(remaining) :]
-
-    def flush(self) -> None:
-        """Returns when every line is on disk."""
-        if self._file is None:
-            write_text(self._path, "".join(self._lines))
         else:
-            os.fsync(self._file.fileno())
+            self._file.append(text.encode())
+
+    def flush(self, patience: float = 0.0) -> None:
+        """Returns when every line is in storage.
+
+        Args:
+          patience: seconds for which an object store is asked again.
+
+        Raises:
+          OSError: or what the store's client raises; nothing is lost, and a later call tries again.
+        """
+        if self._file is not None:
+            self._file.flush()
+            return
+        with self._flushing:  # so that no older content replaces a newer
+            count = len(self._lines)
+            if count > self._in_store:
+                write_text(self._path, "".join(self._lines[:count]), patience=patience)
+                self._in_store = count
 
     def close(self) -> None:
-        """Flushes and closes; a second time does nothing."""
+        """Writes what is held and closes; a second time does nothing."""
         if self._file is None:
-            self.flush()
-        elif not self._file.closed:
+            self.flush(patience=300.0)
+        else:
             self._file.close()
 
 
@@ -203,7 +214,11 @@ class MetricsLog:
             self._tensorboard.write(step, scalars)
 
     def flush(self) -> None:
-        """Returns when everything written is on disk."""
+        """Returns when everything written is in storage; another thread may call this while lines are written.
+
+        Raises:
+          OSError: or what an object store's client raises; nothing is lost, and a later call tries again.
+        """
         self._metrics.flush()
         self._throughput.flush()
         if self._tensorboard is not None:

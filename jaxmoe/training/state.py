@@ -123,8 +123,18 @@ def init_state(run: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
     return model_graph(run.model), jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
 
 
+def abstract_state(run: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
+    """`init_state` without the arrays: shapes, types and where each is to go. Nothing is allocated."""
+    key = jax.eval_shape(lambda: jax.random.key(run.seed))
+    initial = functools.partial(initial_state, run.model, relevant_to_step(run.train), len(run.data.sources))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(initial, key)
+    return model_graph(run.model), jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+    )
+
+
 def relevant_to_step(config: TrainConfig) -> TrainConfig:
     """`config` with everything at its default that the computation of a step does not depend on."""
-    return dataclasses.replace(
-        config, log_every=10, checkpoint_every=None, keep_checkpoints=2, max_nonfinite_steps=20
-    )
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{name: fields[name] for name in TrainConfig.BOOKKEEPING})

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from jaxmoe.config import ConfigError, RunConfig, config_hash, to_dict
+from jaxmoe.config import ConfigError, RunConfig, TrainConfig, config_hash, to_dict
 from jaxmoe.data import DataError, content_changes
 from jaxmoe.storage import read_json, write_json
 
@@ -16,9 +16,7 @@ CONFIG_FILE = "config.json"
 DONE_FILE = "DONE"
 Resume = Literal["auto", "force"]
 
-_BOOKKEEPING = tuple(
-    f"train.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps")
-)
+_BOOKKEEPING = tuple(f"train.{name}" for name in TrainConfig.BOOKKEEPING)
 
 _SHOWN_DIFFERENCES = 20
 
