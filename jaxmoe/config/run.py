@@ -77,7 +77,7 @@ class TrainConfig:
     checkpoint_zarr3: bool = True
     checkpoint_chunk_bytes: int = 16 * 2**20
     max_missed_saves: int = 3
-    storage_patience_seconds: float = 120.0
+    storage_patience_seconds: float = 60.0
     max_nonfinite_steps: int = 20
 
     def __post_init__(self):

@@ -57,12 +57,16 @@ class AppendedFile:
         os.fsync(self._file.fileno())  # other threads may append meanwhile
 
     def close(self) -> None:
-        """Writes what is held and closes; a second time does nothing."""
+        """Writes what is held if the disk takes it, and closes; a second time does nothing."""
         if self._file.closed:
             return
         try:
             with self._lock:
                 self._write()
+        except OSError as error:
+            if not is_storage_fault(error):
+                raise
+            logger.warning("the last lines of %s could not be written (%s)", self._path, first_line(error))
         finally:
             self._file.close()
 

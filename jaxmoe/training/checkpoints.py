@@ -73,7 +73,7 @@ class Storage:
     zarr3: bool = True
     chunk_bytes: int = 16 * 2**20
     max_missed_saves: int = 3
-    patience_seconds: float = 120.0
+    patience_seconds: float = 60.0
 
     @classmethod
     def of(cls, train: TrainConfig) -> Storage:

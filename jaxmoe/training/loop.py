@@ -229,7 +229,6 @@ class _Loop:
         )  # fmt: skip
 
     def _fail_nonfinite(self, step: int, in_a_row: int) -> None:
-        self._log.flush()
         self._checkpoints.wait()
         last = self._checkpoints.last_step
         raise NonFiniteLossError(

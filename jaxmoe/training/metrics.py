@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from jaxmoe.storage import is_remote, write_text
+from jaxmoe.storage_faults import first_line, is_storage_fault
 from jaxmoe.training.appending import AppendedFile
 from jaxmoe.training.tensorboard import EventFile
 
@@ -91,11 +92,8 @@ class JsonLines:
         else:
             self._file.append(text.encode())
 
-    def flush(self, patience: float = 0.0) -> None:
+    def flush(self) -> None:
         """Returns when every line is in storage.
-
-        Args:
-          patience: seconds for which an object store is asked again.
 
         Raises:
           OSError: or what the store's client raises; nothing is lost, and a later call tries again.
@@ -104,17 +102,31 @@ class JsonLines:
             self._file.flush()
             return
         with self._flushing:  # so that no older content replaces a newer
-            count = len(self._lines)
-            if count > self._in_store:
-                write_text(self._path, "".join(self._lines[:count]), patience=patience)
-                self._in_store = count
+            self._rewrite()
 
     def close(self) -> None:
-        """Writes what is held and closes; a second time does nothing."""
-        if self._file is None:
-            self.flush(patience=300.0)
-        else:
+        """Writes what is held if storage takes it, and closes; a second time does nothing.
+
+        What it does not take is lost. No checkpoint is of those steps, since the log is flushed before one is written,
+        so that they come again when the run goes on.
+        """
+        if self._file is not None:
             self._file.close()
+        elif self._flushing.acquire(blocking=False):  # else another thread is at it, and storage does not answer
+            try:
+                self._rewrite()
+            except Exception as error:
+                if not is_storage_fault(error):
+                    raise
+                logger.warning("the last lines of %s could not be written (%s)", self._path, first_line(error))
+            finally:
+                self._flushing.release()
+
+    def _rewrite(self) -> None:
+        count = len(self._lines)
+        if count > self._in_store:
+            write_text(self._path, "".join(self._lines[:count]), patience=0.0)
+            self._in_store = count
 
 
 def _read_lines(path: epath.Path, keep_until: int) -> tuple[list[str], bool]:
@@ -225,7 +237,7 @@ class MetricsLog:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flushes and closes all of them."""
+        """Writes what is held if storage takes it, and closes all of them."""
         self._metrics.close()
         self._throughput.close()
         if self._tensorboard is not None:

@@ -72,8 +72,9 @@ class Saver:
         Raises:
           CheckpointError: a write failed for good, or too many were missed; NoSpaceLeftError if for want of space.
         """
+        until = time.monotonic() + self._patience
         with self._changed:
-            self._await(lambda job: job.begun is None or time.monotonic() - job.begun >= self._patience)
+            self._await(lambda job: job.begun is None or time.monotonic() >= until)
             job = self._job
             if job is not None and job.begun is not None:
                 seconds = time.monotonic() - job.begun
