@@ -412,7 +412,10 @@ def _is_damage(error: BaseException) -> bool:
     of_the_system = re.search(r"OS error (\d+)", str(error))  # TensorStore has errors of the system as text
     if of_the_system is not None and int(of_the_system[1]) != errno.ENOENT:
         return False
-    return str(error).startswith(("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"))
+    status = re.match(r"([A-Z_]+): ", str(error))  # as TensorStore's errors begin; Orbax's own are of what it parsed
+    if status is None:
+        return isinstance(error, ValueError)
+    return status[1] in ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
 
 
 def _both_float(*names: str) -> bool:

@@ -15,6 +15,8 @@ from jaxmoe.training import (
     CheckpointError,
     Checkpoints,
     Retention,
+    Storage,
+    abstract_state,
     init_state,
     make_train_step,
 )
@@ -164,6 +166,83 @@ def test_damaged_newest_is_set_aside_and_the_one_before_taken(tiny_run, saved, d
         checkpoints.save(3, restored.state, {})  # its place is free again
         checkpoints.wait()
         assert checkpoints.last_step == 3
+
+
+def files_of(step_directory):
+    return sorted(str(path.relative_to(step_directory)) for path in step_directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped"])
+def test_no_damage_to_any_file_is_trained_from(tiny_run, saved, directory, copied, tmp_path, damage):
+    """Whichever file is damaged, what is restored is the state of step 3 or that of step 2, whole."""
+    like, intact = abstract_state(tiny_run)[1], tmp_path / "intact"
+    (directory / "3").rename(intact)
+    taken = {}
+    for name in files_of(intact):
+        shutil.copytree(intact, directory / "3")
+        file = directory / "3" / name
+        content = bytearray(file.read_bytes())
+        if damage == "flipped":
+            content[len(content) // 2] ^= 16
+        file.write_bytes({"empty": b"", "cut": content[: len(content) // 2]}.get(damage, content))
+        if damage == "missing":
+            file.unlink()
+        with Checkpoints(directory, Retention(3)) as checkpoints:
+            restored = checkpoints.restore(like)
+        assert_equal(copied(restored.state), saved[1][restored.step])
+        assert restored.metadata["loss"] == restored.step / 4
+        taken[name] = restored.step
+        shutil.rmtree(directory / "3", ignore_errors=True)
+    assert taken["metadata/metadata"] == 2
+    assert 2 in {step for name, step in taken.items() if "/d/" in name}
+
+
+def test_strictly_a_damaged_checkpoint_is_an_error_and_stays(tiny_run, directory):
+    change_bytes(directory / "3")
+    with (
+        Checkpoints(directory, Retention(3)) as checkpoints,
+        pytest.raises(CheckpointError, match=rf"checkpoint {directory}/3 is damaged: .*Nothing was moved"),
+    ):
+        checkpoints.restore(abstract_state(tiny_run)[1], strict=True)
+    assert {path.name for path in directory.iterdir()} >= {"1", "2", "3"}
+    assert not (directory.parent / "unreadable_checkpoints").exists()
+
+
+def test_parameters_alone_in_another_type(tiny_run, saved, copied):
+    """Nothing is read of the optimizer; numbers are those saved, rounded."""
+    like = dataclasses.replace(abstract_state(tiny_run)[1], opt_state=None)
+    as_bfloat16 = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding), like.params
+    )
+    with Checkpoints(saved[0]) as checkpoints:
+        restored = checkpoints.restore(dataclasses.replace(like, params=as_bfloat16), partial=True, cast=True)
+        with pytest.raises(CheckpointError, match=r"is float32\[.*\] in it and bfloat16\["):
+            checkpoints.restore(dataclasses.replace(like, params=as_bfloat16), partial=True)
+        with pytest.raises(CheckpointError, match=r"opt_state/.* in it and absent in this"):
+            checkpoints.restore(like)
+    assert restored.state.opt_state is None
+    assert_equal(
+        copied(restored.state.params), jax.tree.map(lambda x: x.astype(jnp.bfloat16), saved[1][3].params)
+    )
+
+
+@pytest.mark.parametrize("zarr3", [True, False])
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_every_layout_of_the_arrays_reads_back(tiny_run, copied, tmp_path, ocdbt, zarr3):
+    """With chunks far smaller than the arrays; a later process may be set to write another layout."""
+    _, state = init_state(tiny_run)
+    with Checkpoints(tmp_path / "c", Retention(1), Storage(ocdbt=ocdbt, zarr3=zarr3, chunk_bytes=1024)) as checkpoints:
+        checkpoints.save(1, state, {})
+    files = files_of(tmp_path / "c" / "1" / "state")
+    assert ("manifest.ocdbt" in files) is ocdbt
+    if not ocdbt:
+        metadata = next(name for name in files if "params" in name and "down" in name and "zar" in name)
+        about = json.loads((tmp_path / "c" / "1" / "state" / metadata).read_text())
+        chunk = about["chunk_grid"]["configuration"]["chunk_shape"] if zarr3 else about["chunks"]
+        assert np.prod(chunk) * 4 <= 1024 < np.prod(about["shape"]) * 4
+    with Checkpoints(tmp_path / "c", Retention(1), Storage()) as checkpoints:
+        assert_equal(copied(checkpoints.restore(abstract_state(tiny_run)[1]).state), copied(state))
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ def test_the_next_takes_the_place_of_one_that_fails(caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (ConnectionResetError("gone"), CheckpointError, "step 40 could not .*gone; the last good one is of step 10. Run"),
-        (OSError(errno.ENOSPC, "No space left"), NoSpaceLeftError, "no space left at /runs/a; last good .* step 10; free"),
+        (ConnectionResetError("gone"), CheckpointError, "step 40 could .*gone; the last good one is of step 10. Run"),
+        (OSError(errno.ENOSPC, "No space left"), NoSpaceLeftError, "no space left at /runs/a; .* step 10; free"),
     ],
 )
 def test_too_many_missed_in_a_row_stop_the_run(monkeypatch, error, kind, message):
@@ -91,7 +91,7 @@ def test_too_many_missed_in_a_row_stop_the_run(monkeypatch, error, kind, message
 def test_at_the_end_it_waits_no_longer_than_its_patience():
     storage, writer = Storage(failures=10**9), saver(patience=0.1)
     writer.save(20, storage.of(20))
-    with pytest.raises(CheckpointError, match="the checkpoint of step 20 could not .*; the last good one is of step 10"):
+    with pytest.raises(CheckpointError, match="step 20 could not .*; the last good one is of step 10"):
         writer.wait()
 
 
@@ -115,7 +115,7 @@ def test_what_is_no_fault_of_storage_is_raised_at_the_next_step():
     writer.save(20, storage.of(20))
     while writer._job is not None:
         threading.Event().wait(0.001)
-    with pytest.raises(CheckpointError, match="step 20 could not be written to /runs/a: KeyError: 'a mistake'; the last"):
+    with pytest.raises(CheckpointError, match="step 20 could not .* /runs/a: KeyError: 'a mistake'; the last"):
         writer.raise_if_failed()
     writer.raise_if_failed()  # once
     assert storage.attempts == [20]
