@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark train_step [--json]
     python -m experiments.benchmark moe [--json] [--device]
+    python -m experiments.benchmark checkpoint [--json]
 
 Contenders run in one process and take turns; read the ratios, machines are noisy.
 """
@@ -25,6 +26,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each contender.", l
 BENCHMARKS = {
     "train_step": "training step of the laptop recipe and against transformers on torch, start-up, memory",
     "moe": "MoE layer against a dense MLP of the same active FLOPs; with --device, utilization of a TPU or GPU",
+    "checkpoint": "what a save costs the step that starts it; memory of save and restore",
 }
 
 

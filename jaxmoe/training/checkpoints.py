@@ -172,34 +172,34 @@ class Checkpoints:
             moved), or all of those there are damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, Exception] = {}
         for step in steps:
             try:
-                return self._read(step, like, partial, cast)
+                restored = self._read(step, like, partial, cast)
             except (CheckpointError, MemoryError):
                 raise
             except Exception as wrapper:
-                path, reason = self.directory / str(step), first_line(wrapper)
-                if not _is_damage(_told(wrapper)):
-                    raise CheckpointError(
-                        f"the checkpoint of step {step} in {self.directory} could not be read: {reason}. "
-                        "It does not look damaged, and nothing was moved; run again when that is mended."
-                    ) from wrapper
+                if not (_is_damage(_told(wrapper)) or _is_of_content(_told(wrapper))):
+                    raise self._unreadable(step, wrapper) from wrapper
                 if strict:
                     raise CheckpointError(
-                        f"checkpoint {path} is damaged: {reason}. Nothing was moved (--strict_restore). Without "
-                        "--strict_restore it is set aside, and the one before it is taken."
+                        f"checkpoint {self.directory / str(step)} is damaged: {first_line(wrapper)}. Nothing was moved "
+                        "(--strict_restore). Without --strict_restore it is set aside, and the one before it is taken."
                     ) from wrapper
-                aside = self._move_aside(step)
-                logger.warning(
-                    "checkpoint of step %d in %s cannot be read (%s); it is now %s, and the one before it is taken",
-                    step, self.directory, reason, aside,
-                )  # fmt: skip
-        if steps:
-            raise CheckpointError(
-                f"none of the checkpoints in {self.directory} can be read (steps {', '.join(map(str, steps))}, now in "
-                f"{self.directory.parent / UNREADABLE_DIRECTORY}); run again to train from the beginning."
-            )
-        return None
+                damaged[step] = wrapper
+            else:
+                self._set_aside(damaged)
+                return restored
+        if not steps:
+            return None
+        for step, wrapper in damaged.items():
+            if not _is_damage(_told(wrapper)):  # if none can be read, it may be this program that cannot
+                raise self._unreadable(step, wrapper) from wrapper
+        self._set_aside(damaged)
+        raise CheckpointError(
+            f"none of the checkpoints in {self.directory} can be read (steps {', '.join(map(str, steps))}, now in "
+            f"{self.directory.parent / UNREADABLE_DIRECTORY}); run again to train from the beginning."
+        )
 
     def raise_if_failed(self) -> None:
         """Raises what went wrong for good in a write that ended since the last call; does not wait."""
@@ -322,6 +322,19 @@ class Checkpoints:
                 "Take another folder for this configuration."
             )
 
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint of step {step} in {self.directory} could not be read: {first_line(error)}. "
+            "It does not look damaged, and nothing was moved; run again when that is mended."
+        )
+
+    def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
+        for step, error in damaged.items():
+            logger.warning(
+                "checkpoint of step %d in %s cannot be read (%s); it is now %s, and the one before it is taken",
+                step, self.directory, first_line(error), self._move_aside(step),
+            )  # fmt: skip
+
     def _move_aside(self, step: int) -> epath.Path:
         aside = self.directory.parent / UNREADABLE_DIRECTORY
         aside.mkdir(parents=True, exist_ok=True)
@@ -412,10 +425,14 @@ def _is_damage(error: BaseException) -> bool:
     of_the_system = re.search(r"OS error (\d+)", str(error))  # TensorStore has errors of the system as text
     if of_the_system is not None and int(of_the_system[1]) != errno.ENOENT:
         return False
-    status = re.match(r"([A-Z_]+): ", str(error))  # as TensorStore's errors begin; Orbax's own are of what it parsed
-    if status is None:
-        return isinstance(error, ValueError)
-    return status[1] in ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
+    return str(error).startswith(("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"))
+
+
+def _is_of_content(error: BaseException) -> bool:
+    """Whether an error is one of making sense of a file: of damage, if there are checkpoints that can be read."""
+    if re.match(r"[A-Z_]+: ", str(error)):  # as TensorStore's errors begin
+        return False
+    return isinstance(error, ValueError | TypeError | AttributeError | LookupError)
 
 
 def _both_float(*names: str) -> bool:
