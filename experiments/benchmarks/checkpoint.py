@@ -20,7 +20,7 @@ from experiments.benchmarks.timing import machine
 from jaxmoe.config import DataConfig, KnowledgeSource, ModelConfig, MoEConfig, RunConfig, TrainConfig
 
 SAVES = 20
-_STEPS_AROUND = 2
+_STEPS_AROUND = 1
 _WIDTH, _LAYERS, _EXPERTS, _HIDDEN, _VOCABULARY = 512, 4, 16, 480, 2048
 
 RUN = RunConfig(
@@ -30,7 +30,7 @@ RUN = RunConfig(
         moe=MoEConfig(num_experts=_EXPERTS, experts_per_token=2, expert_hidden=_HIDDEN),
     ),
     data=DataConfig(tokenizer="symbols", sources={"knowledge": KnowledgeSource(entities=200, test_entities=8)}),
-    train=TrainConfig(steps=1000, batch_size=8, sequence_length=128, learning_rate=1e-4),
+    train=TrainConfig(steps=1000, batch_size=16, sequence_length=128, learning_rate=1e-4),
 )  # fmt: skip
 
 
