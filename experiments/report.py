@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from experiments.flags import fail, parse_flags
+from experiments.terminal import log_to_terminal
 from jaxmoe.scaling.report import ReportError, build_report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study, local or gs://.")
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
         fail(ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value."))
     if not _WORKDIR.value:
         fail(ValueError("--workdir is missing; give the folder that `python -m experiments.run` wrote to."))
+    log_to_terminal()
     try:
         index = build_report(_WORKDIR.value, _OUTPUT.value, svg=_SVG.value)
     except (ReportError, OSError) as error:

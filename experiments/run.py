@@ -3,7 +3,15 @@
     python -m experiments.run --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 
 Run it again and it goes on where it stopped; what is done is skipped. `--dry_run` counts and trains nothing.
-Exit status: 0 done, 2 a mistake in the configuration, 75 stopped by a signal and resumable, 1 anything else.
+
+    --mesh=fsdp_ep                  how the devices are used: a preset, and sizes (docs/distributed.md)
+    --mesh=fsdp=4,expert=2
+
+On TPU slices, under Slurm and on GKE the processes find each other; elsewhere each is started with
+--coordinator_address=HOST:PORT --num_processes=N --process_id=I.
+
+Exit status: 0 done, 2 a mistake in the configuration, 75 preempted and resumable (by SIGTERM or SIGINT, or by the
+watchdog because nothing moved), 1 anything else.
 """
 
 from __future__ import annotations
@@ -17,9 +25,9 @@ from typing import TYPE_CHECKING
 import ml_collections
 from absl import flags
 
+from experiments.execution import read_study, run_to_status
 from experiments.flags import run_with_config
-from experiments.terminal import log_to_terminal
-from jaxmoe.config import ConfigError, nearest
+from jaxmoe.config import ConfigError, parse_mesh, to_dict
 
 if TYPE_CHECKING:
     from jaxmoe.scaling.study import Member
@@ -36,63 +44,35 @@ _STRICT_RESTORE = flags.DEFINE_bool(
     "strict_restore", False,
     "Stop where a checkpoint is damaged, and move nothing; else it is set aside and the one before it is taken.",
 )
-
-RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: schedulers restart it
+_MESH = flags.DEFINE_string("mesh", None, "Preset and sizes of the mesh, such as fsdp_ep,expert=4.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several train together.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     """Runs the command; returns the exit status."""
-    from jaxmoe.scaling.study import Study
-
-    study = Study.from_config_dict(config)
-    _refuse_overrides_without_effect(config, overridden)
-    study.check()
-    if _MEMBER.value is not None and _MEMBER.value not in {member.name for member in study.members}:
-        names = [member.name for member in study.members]
-        raise ConfigError(f"--member={_MEMBER.value}: no such member.{nearest(_MEMBER.value, names)}")
+    if _MESH.value is not None:
+        config.mesh.update(to_dict(parse_mesh(_MESH.value)))
+        overridden = (*overridden, "mesh")
+    study = read_study(config, overridden)
+    only = None if _MEMBER.value is None else study.member(_MEMBER.value).name
     if _DRY_RUN.value:
-        members = [member for member in study.members if _MEMBER.value in (None, member.name)]
+        members = [member for member in study.members if only in (None, member.name)]
         _check_vocabularies(members)
         print(json.dumps([member.summary() for member in members], indent=2) if _JSON.value else study.describe())
         return 0
     if _JSON.value:
         raise ConfigError("--json goes with --dry_run.")
 
-    from jaxmoe.scaling.runner import run_study
-    from jaxmoe.training import reuse_freed_memory
+    from jaxmoe.processes import connect
 
-    log_to_terminal()
+    connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     workdir = _WORKDIR.value or f"runs/{study.name}"
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
-    with reuse_freed_memory():  # before JAX starts its threads
-        outcome = run_study(
-            study, workdir, only=_MEMBER.value, resume=_RESUME.value, strict_restore=_STRICT_RESTORE.value,
-            command=command,
-        )  # fmt: skip
-    if outcome.status == "resumable":
-        print(f"stopped by a signal; nothing is lost. Run the same command again to go on ({workdir}).")
-        return RESUMABLE
-    if outcome.status == "failed":
-        print(f"failed; what is done is kept. Run the same command again to go on ({workdir}):\n{outcome}")
-        return 1
-    print(f"done: {workdir}. Next: python -m experiments.report --workdir={workdir}")
-    return 0
-
-
-def _refuse_overrides_without_effect(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> None:
-    """A key that every member sets cannot be overridden for all; one that some set is overridden for the rest."""
-    members = config.get("members", {})
-    for key in overridden:
-        if key.split(".")[0] in ("members", "study", "seeds") or not members:
-            continue
-        own = [name for name, member in members.items() if _has(member, key)]
-        if len(own) == len(members):
-            raise ConfigError(
-                f"--config.{key} has no effect, since every member sets {key} itself; "
-                f"override it for a member: --config.members.{own[0]}.{key}=..."
-            )
-        if own:
-            print(f"note: --config.{key} does not reach {', '.join(own)}, which set {key} themselves.", file=sys.stderr)
+    return run_to_status(
+        study, workdir, member=only, resume=_RESUME.value, strict_restore=_STRICT_RESTORE.value, command=command
+    )
 
 
 def _check_vocabularies(members: Sequence[Member]) -> None:
@@ -113,14 +93,6 @@ def _check_vocabularies(members: Sequence[Member]) -> None:
             require_vocabulary(tokenizers[member.config.data.tokenizer], member.config.model.vocab_size)
         except ConfigError as error:
             raise ConfigError(f"member {member.name!r}: {error}") from error
-
-
-def _has(section: ml_collections.ConfigDict, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(section, ml_collections.ConfigDict) or part not in section:
-            return False
-        section = section[part]
-    return True
 
 
 if __name__ == "__main__":

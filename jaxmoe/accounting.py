@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from jaxmoe.config import ModelConfig, TrainConfig
 
-COMPONENTS = ("embedding", "head", "attention", "router", "experts", "dense_mlp", "norms")
+COMPONENTS = ("embedding", "head", "attention", "router", "experts", "shared_experts", "dense_mlp", "norms")
 LOSS_CHUNK_LOGITS = 2**22
 """Logits that the loss holds at a time, at most (16 MiB of float32), unless one position of the batch has more."""
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -59,7 +59,7 @@ class FlopsPerToken:
       approximate: of training, 6 · active parameters (Kaplan et al. 2020, embeddings included).
       components: of the forward pass' matrix products: `projections` (queries, keys, values, output), `attention`
         (scores and their sum over values, for all S keys of a row: PaLM's convention, not what runs, which skips
-        most of the masked half), `router`, `experts`, `dense_mlp`, `head`.
+        most of the masked half), `router`, `experts`, `shared_experts`, `dense_mlp`, `head`.
     """
 
     approximate: int
@@ -110,6 +110,7 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
         "attention": config.num_layers * (width * (query + 2 * key) + query * width),
         "router": routed * width * moe.num_experts if moe else 0,
         "experts": routed * moe.num_experts * 3 * width * moe.expert_hidden if moe else 0,
+        "shared_experts": routed * 3 * width * moe.shared_expert_hidden if moe else 0,
         "dense_mlp": (config.num_layers - routed) * 3 * width * config.dense_hidden_size,
         "norms": config.num_layers * (2 * width + qk_scales) + width,
     }
@@ -130,6 +131,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> FlopsPerToken:
             "attention": 4 * config.num_layers * heads * sequence_length,
             "router": 2 * count.components["router"],
             "experts": 2 * count.active_components["experts"],
+            "shared_experts": 2 * count.components["shared_experts"],
             "dense_mlp": 2 * count.components["dense_mlp"],
             "head": 2 * width * config.vocab_size,
         },
@@ -154,14 +156,17 @@ def memory_bytes(config: ModelConfig, train: TrainConfig) -> MemoryBytes:
 
     * `remat="none"`: of every layer two residual states, two normalized states, rotated queries and keys, values,
       the attention's output and its H float32 logsumexps (the weights are recomputed); of a dense MLP 3F, of a
-      routed one 3E router values in float32 and the 2F hidden values of K experts;
+      routed one 3E router values in float32, the 2F hidden values of K experts and 3 per hidden unit of a shared
+      one;
     * `remat="full"`: the D inputs of every layer, plus one layer as under `none` while it is recomputed;
     * `remat="dots"`: of every layer its input and the results of projections, router and dense MLP (the experts'
       are recomputed), plus one layer as under `none`;
     * and 2D for the final norm.
 
     Beside these, float32 and three times each (value, exponential, gradient): the logits of one chunk of the loss,
-    and one layer's attention scores of one block of queries. What XLA holds differs; for float32 on CPU the tests
+    and, with `attention="xla"`, one layer's scores of one block of queries. A flash kernel (`splash`, `cudnn`,
+    `triton`) holds no scores outside the chip; `triton` keeps a key and a value for every query head. `auto`, which
+    the device settles, is counted as `xla`, which holds most. What XLA holds differs; for float32 on CPU the tests
     see it within a factor of 1.6.
     """
     count = parameter_count(config).total
@@ -169,13 +174,14 @@ def memory_bytes(config: ModelConfig, train: TrainConfig) -> MemoryBytes:
     rows = train.batch_size // train.gradient_accumulation
     tokens = rows * train.sequence_length
     width, query, key = config.width, config.num_heads * config.head_size, config.kv_heads * config.head_size
+    saved_key = query if config.attention == "triton" else key
     routed = config.moe if config.num_moe_layers else None
 
     def whole(kind: str) -> float:
-        attention = 2 * (query + key) + 4 * config.num_heads / compute
+        attention = 2 * (query + saved_key) + 4 * config.num_heads / compute
         if kind == "dense":
             return 4 * width + attention + 3 * config.dense_hidden_size
-        experts = 2 * routed.experts_per_token * routed.expert_hidden
+        experts = 2 * routed.experts_per_token * routed.expert_hidden + 3 * routed.shared_expert_hidden
         return 4 * width + attention + 12 * routed.num_experts / compute + experts
 
     def kept(kind: str) -> float:
@@ -183,14 +189,19 @@ def memory_bytes(config: ModelConfig, train: TrainConfig) -> MemoryBytes:
             return whole(kind)
         if config.remat == "full":
             return width
-        mlp = 2 * config.dense_hidden_size if kind == "dense" else 4 * routed.num_experts / compute
+        if kind == "dense":
+            mlp = 2 * config.dense_hidden_size
+        else:
+            mlp = 4 * routed.num_experts / compute + 2 * routed.shared_expert_hidden
         return 2 * width + query + 2 * key + mlp
 
     layers = sum(kept(kind) for kind in config.layer_kinds)
     if config.remat != "none":
         layers += max(whole(kind) for kind in config.layer_kinds)
     logits = min(tokens * config.vocab_size, max(LOSS_CHUNK_LOGITS, rows * config.vocab_size))
-    scores = tokens * config.num_heads * attention_block(train.sequence_length)
+    scores = 0
+    if config.attention in ("auto", "xla"):
+        scores = tokens * config.num_heads * attention_block(train.sequence_length)
     activations = tokens * compute * (layers + 2 * width) + 12 * (logits + scores)
     return MemoryBytes(weights=4 * count, gradients=4 * count, optimizer=8 * count, activations=round(activations))
 
@@ -226,13 +237,27 @@ def rounded_count(parameters: int) -> str:
     return f"{parameters / 1e6:.1f}M" if parameters >= 999_500 else f"{round(parameters / 1e3)}K"
 
 
+def readable_bytes(count: int) -> str:
+    """A size for people: three digits and a decimal unit ("1.28 GB")."""
+    value: float = count
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
 def member_name(config: ModelConfig) -> str:
-    """Name after the study's rule, `d512-E8-k2-320M-A170M`; `d512-dense-170M` without routed layers."""
+    """Name after the study's rule, `d512-E8-k2-320M-A170M`; `d512-dense-170M` without routed layers.
+
+    The active parameters in the name leave out the router: with it, three of the published names would be others
+    (d1024-E256-k2 is called A470M, and has 476.6M active parameters of which 4.2M are the router's).
+    """
     count = parameter_count(config)
     if config.num_moe_layers == 0:
         return f"d{config.width}-dense-{rounded_count(count.total)}"
     moe = config.moe
     return (
         f"d{config.width}-E{moe.num_experts}-k{moe.experts_per_token}"
-        f"-{rounded_count(count.total)}-A{rounded_count(count.active)}"
+        f"-{rounded_count(count.total)}-A{rounded_count(count.active - count.active_components['router'])}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import time
 from typing import Any
 
@@ -60,7 +61,8 @@ def write_bytes(path: epath.PathLike, content: bytes, *, patience: float = 300.0
         _write_object(path, content, time.monotonic() + patience)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    # Processes of several machines may share the folder, so the process id alone is not a name of its own.
+    unfinished = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)

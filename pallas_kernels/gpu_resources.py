@@ -40,11 +40,14 @@ class Resources(NamedTuple):
     serialized: bool
 
 
-def resources(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, list[Resources]]:
+def resources(
+    lowered: jax.stages.Lowered, names: str = r"\w+_gpu"
+) -> tuple[jax.stages.Compiled, list[Resources]]:
     """Compiles a program for a GPU, and reports its Pallas kernels.
 
     Args:
       lowered: `jax.jit(f).lower(...)` with arguments of `targets.mesh_of("h100")`, or of a GPU at hand.
+      names: the kernels to report, a regular expression; those of this package if none is given.
 
     Raises:
       targets.CompilerMissing: ptxas is not at hand.
@@ -55,7 +58,7 @@ def resources(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, list[Re
         with _mosaic_dumps_to(dump / "mosaic"):
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         launches = "".join(path.read_text() for path in dump.glob("*thunk_sequence.txt"))
-        reports = [_report(ptxas, path, launches) for path in sorted(dump.glob("*.ptx"), key=_number)]
+        reports = [_report(ptxas, path, launches, names) for path in sorted(dump.glob("*.ptx"), key=_number)]
         for path in sorted(dump.glob("mosaic/*.ptxas")):
             reports.append(_figures(path.name.rsplit("_", 1)[0], None, path.read_text()))
     return compiled, [report for report in reports if report is not None]
@@ -96,10 +99,10 @@ def _ptxas() -> str:
     return found
 
 
-def _report(ptxas: str, path: pathlib.Path, launches: str) -> Resources | None:
-    """The figures of a file of PTX, which holds one kernel; None for XLA's own kernels."""
+def _report(ptxas: str, path: pathlib.Path, launches: str, names: str) -> Resources | None:
+    """The figures of a file of PTX, which holds one kernel; None for others than the named ones."""
     ptx = path.read_text()
-    entry = re.search(r"\.entry (\w+_gpu(?:__\d+)?)\(", ptx)
+    entry = re.search(rf"\.entry ((?:{names})(?:__\d+)?)\(", ptx)
     if entry is None:
         return None
     architecture = re.search(r"\.target (\w+)", ptx)[1]

@@ -21,8 +21,8 @@ TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x
 COMPILERS = pathlib.Path(os.environ.get("PALLAS_KERNELS_COMPILERS", pathlib.Path(sys.prefix) / "compilers"))
 """Where `pip install --target` put jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12."""
 
-# What cudaGetDeviceProperties says of the card; XLA reads limits and speeds from here.
-_H100 = """
+# What cudaGetDeviceProperties says of a Hopper card; XLA reads limits and speeds from here.
+_GPU = """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -37,7 +37,7 @@ gpu_device_info {
   memory_bandwidth: 3352320000000
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 84978434048
+  device_memory_size: %(memory)d
   shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 9 minor: 0 }
   registers_per_core_limit: 65536
@@ -46,8 +46,13 @@ gpu_device_info {
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 }
 runtime_version { major: 12 minor: 9 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+device_description_str: "NVIDIA %(name)s"
 """
+
+
+def gpu_description(name: str = "H100 80GB HBM3", memory: int = 84978434048) -> str:
+    """A Hopper card as XLA's `target_config`, with `memory` bytes."""
+    return _GPU % {"name": name, "memory": memory}
 
 
 class CompilerMissing(RuntimeError):
@@ -83,8 +88,12 @@ def _has(module: str) -> bool:
 
 
 @functools.cache
-def mesh_of(chip: str) -> Mesh:
-    """A mesh of one abstract device of the chip: arrays of this sharding lower and compile for it.
+def devices_of(chip: str, topology: str | None = None) -> list[jax.Device]:
+    """Abstract devices of a chip: arrays spread over them lower and compile for them.
+
+    Args:
+      chip: one of `execution.CHIPS`.
+      topology: as the compiler names it, `v5p:4x4x4`, or hosts and devices of GPUs, `1x1x8`; None for the smallest.
 
     Raises:
       CompilerMissing: libtpu or the CUDA plugin is not installed.
@@ -96,10 +105,10 @@ def mesh_of(chip: str) -> Mesh:
         if chip == "h100":
             use_gpu_compiler()
             description = topologies.get_topology_desc(
-                topology_name="h100", platform="cuda", target_config=_H100, topology="1x1x1"
+                topology_name="h100", platform="cuda", target_config=gpu_description(), topology=topology or "1x1x1"
             )
         else:
-            description = topologies.get_topology_desc(TPU_TOPOLOGIES[chip], platform="tpu")
+            description = topologies.get_topology_desc(topology or TPU_TOPOLOGIES[chip], platform="tpu")
     except (KeyError, CompilerMissing):
         raise
     except Exception as error:
@@ -108,7 +117,13 @@ def mesh_of(chip: str) -> Mesh:
             f"the compiler for {chip} is not at hand ({type(error).__name__}: {str(error).splitlines()[0]})"
             f"{advice}."
         ) from error
-    return Mesh(description.devices[:1], ("device",))
+    return description.devices
+
+
+@functools.cache
+def mesh_of(chip: str) -> Mesh:
+    """A mesh of one abstract device of the chip; errors as of `devices_of`."""
+    return Mesh(devices_of(chip)[:1], ("device",))
 
 
 def abstract(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

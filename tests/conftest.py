@@ -4,6 +4,7 @@ import os
 import pathlib
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +16,9 @@ import pytest
 # The first example of a property compiles; no test depends on timing.
 hypothesis.settings.register_profile("jaxmoe", deadline=None)
 hypothesis.settings.load_profile("jaxmoe")
+
+# gcsfs asks the storage server again and again what kind of bucket it has, which that cannot tell.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 SHARED = pathlib.Path(os.environ.get("JAXMOE_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
 
@@ -30,6 +34,43 @@ def shared_data() -> Callable[[str], pathlib.Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def run_on_devices() -> Callable[..., None]:
+    """Runs the tests of a file, named so that they are not collected otherwise, in a process with several devices.
+
+    Or in several processes, for which the file has to call `jaxmoe.processes.connect` before it asks for devices.
+    """
+
+    def run(path: pathlib.Path, *arguments: str, devices: int = 8, processes: int = 1) -> None:
+        # Compiling takes longer than running here; the numbers are those of any other optimization level.
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), *arguments]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTEST_ADDOPTS": ""}
+        if processes > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{probe.getsockname()[1]}"
+            environment["JAX_NUM_PROCESSES"] = str(processes)
+        started = [
+            subprocess.Popen(
+                command, env={**environment, "JAX_PROCESS_ID": str(process)},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for process in range(processes)
+        ]  # fmt: skip
+        told = []
+        try:
+            for process in started:
+                told.append(process.communicate(timeout=400)[0][-8000:])
+        finally:
+            for process in started:
+                process.kill()
+        if any(process.returncode for process in started):
+            pytest.fail(f"{path.name} on {devices} devices:\n" + "\n".join(told), pytrace=False)
+
+    return run
 
 
 @pytest.fixture(scope="session")

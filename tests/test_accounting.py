@@ -39,8 +39,8 @@ def small(**changes) -> ModelConfig:
     return ModelConfig(**settings)
 
 
-def moe(experts: int, k: int = 2) -> MoEConfig:
-    return MoEConfig(num_experts=experts, experts_per_token=k, expert_hidden=12)
+def moe(experts: int, k: int = 2, shared: int = 0) -> MoEConfig:
+    return MoEConfig(num_experts=experts, experts_per_token=k, expert_hidden=12, shared_expert_hidden=shared)
 
 
 GRID = {
@@ -50,6 +50,7 @@ GRID = {
     "E=0": small(moe=MoEConfig(num_experts=0)),
     "no moe": small(),
     "default dense_hidden": small(moe=moe(4), dense_hidden=None, first_dense_layers=2),
+    "shared expert": small(moe=moe(8, shared=20), first_dense_layers=1),
     "tied": small(moe=moe(8), tie_embeddings=True),
     "tied dense": small(tie_embeddings=True),
     "grouped-query": small(moe=moe(8), num_kv_heads=2, head_dim=6),
@@ -85,9 +86,9 @@ def test_counts_equal_the_built_model(name):
     built = dict.fromkeys([*COMPONENTS, "mlp"], 0)
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         built[component_of(path)] += leaf.size
-    assert built.pop("mlp") == count.components["experts"] + count.components["dense_mlp"]
+    assert built.pop("mlp") == sum(count.components[name] for name in ("experts", "shared_experts", "dense_mlp"))
     for component, parameters in built.items():
-        if component not in ("experts", "dense_mlp"):
+        if component not in ("experts", "shared_experts", "dense_mlp"):
             assert count.components[component] == parameters, component
     assert count.total == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     if config.num_moe_layers == 0:
@@ -130,19 +131,40 @@ def test_the_whole_published_grid():
     assert (round(max(ratios)), round(min(ratios), 1)) == (390, 2.4)
 
 
+PUBLISHED_NAMES = """
+    d1024-E128-k4-13.2B-A670M d1024-E128-k8-13.2B-A1.1B d1024-E16-k4-1.9B-A670M d1024-E256-k2-26.0B-A470M
+    d1024-E256-k4-26.0B-A670M d1024-E32-k16-3.5B-A1.9B d1024-E32-k8-3.5B-A1.1B d1024-E64-k16-6.7B-A1.9B
+    d1024-E64-k2-6.7B-A470M d1024-E8-k2-1.1B-A470M d2048-E128-k2-52.2B-A1.5B d2048-E128-k4-52.2B-A2.3B
+    d2048-E128-k8-52.2B-A3.9B d2048-E16-k16-7.1B-A7.1B d2048-E16-k4-7.1B-A2.3B d2048-E32-k16-13.6B-A7.1B
+    d2048-E32-k8-13.6B-A3.9B d2048-E64-k16-26.4B-A7.1B d2048-E64-k4-26.4B-A2.3B d2048-E64-k8-26.4B-A3.9B
+    d2048-E8-k2-3.9B-A1.5B d512-E128-k16-3.3B-A520M d512-E128-k2-3.3B-A170M d512-E128-k4-3.3B-A220M
+    d512-E128-k8-3.3B-A320M d512-E16-k4-520M-A220M d512-E256-k16-6.6B-A520M d512-E256-k2-6.6B-A170M
+    d512-E32-k16-920M-A520M d512-E32-k2-920M-A170M d512-E32-k4-920M-A220M d512-E32-k8-920M-A320M
+    d512-E64-k16-1.7B-A520M d512-E64-k2-1.7B-A170M d512-E64-k8-1.7B-A320M d512-E8-k4-320M-A220M
+"""
+"""Of the authors' launch scripts."""
+
+
+def test_names_are_the_published_ones():
+    for name in PUBLISHED_NAMES.split():
+        width, experts, k = (int(part[1:]) for part in name.split("-")[:3])
+        assert member_name(study_member(width, experts, k)) == name
+
+
 def test_approximate_flops_of_the_study():
     assert approximate_training_flops(study_member(512, 8, 2), 125_000_000_000) == pytest.approx(1.27e20, rel=0.01)
     assert approximate_training_flops(study_member(2048, 32, 16), 125_000_000_000) == pytest.approx(5.34e21, rel=0.01)
 
 
 def test_exact_flops_by_hand():
-    config = small(moe=moe(8), first_dense_layers=1, num_kv_heads=2)
+    config = small(moe=moe(8, shared=20), first_dense_layers=1, num_kv_heads=2)
     flops = flops_per_token(config, sequence_length=10)
     assert flops.components == {
         "projections": 5 * 2 * 16 * (16 + 8 + 8 + 16),
         "attention": 5 * 2 * 2 * 16 * 10,
         "router": 4 * 2 * 16 * 8,
         "experts": 4 * 2 * 2 * 3 * 16 * 12,
+        "shared_experts": 4 * 2 * 3 * 16 * 20,
         "dense_mlp": 2 * 3 * 16 * 24,
         "head": 2 * 16 * 40,
     }
@@ -193,6 +215,20 @@ def test_activation_bytes_by_hand():
     dots = dataclasses.replace(config, remat="dots")
     layers = 5 * (2 * 16 + 3 * 16) + 2 * 2 * 24 + 3 * 8
     assert memory_bytes(dots, TRAIN).activations == tokens * 4 * (layers + recomputed + 2 * 16) + fixed
+    shared = small(moe=moe(8, shared=20), first_dense_layers=2)
+    layers = 5 * (4 * 16 + attention) + 2 * dense + 3 * (routed + 3 * 20)
+    assert memory_bytes(shared, TRAIN).activations == tokens * 4 * (layers + 2 * 16) + fixed
+
+
+def test_flash_kernels_hold_no_scores_and_triton_a_key_for_every_query_head():
+    config = small(num_kv_heads=2)
+    plain, kernel, repeated = (
+        memory_bytes(dataclasses.replace(config, attention=name), TRAIN).activations
+        for name in ("auto", "splash", "triton")
+    )
+    tokens, layers, head = 8 * 16, config.num_layers, config.head_size
+    assert plain - kernel == 12 * tokens * 4 * 16
+    assert repeated - kernel == tokens * layers * 4 * 2 * (4 - 2) * head
 
 
 @pytest.mark.parametrize("length", [1, 100, 128, 129, 1024, 1025, 4096])

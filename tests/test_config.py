@@ -7,16 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmoe.config import (
+    MESH_PRESETS,
     ConfigError,
     DataConfig,
     EvaluationConfig,
+    MeshConfig,
     ModelConfig,
     MoEConfig,
     ReasoningSource,
     RunConfig,
     TrainConfig,
+    check_mesh,
     config_hash,
     from_dict,
+    parse_mesh,
     to_dict,
 )
 
@@ -135,3 +139,57 @@ def test_no_source_is_named_as_the_mixture_is():
     """Its training record would overwrite the mixture's."""
     with pytest.raises(ConfigError, match="named 'all'"):
         DataConfig(sources={"all": ReasoningSource()})
+
+
+def mesh_error(mesh, **model):
+    """What is said of a run of 8 sequences of 16 tokens whose model does not fit the mesh."""
+    sizes = {"vocab_size": 96, "width": 32, "num_layers": 1, "num_heads": 4, "moe": MoEConfig(num_experts=6)} | model
+    with pytest.raises(ConfigError) as error:
+        check_mesh(mesh, ModelConfig(**sizes), TrainConfig(steps=1, batch_size=8, sequence_length=16))
+    return str(error.value)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_do():
+    """Experts, heads, batch and sequence: the numbers, the sizes of the axes and of the model that would fit."""
+    told = mesh_error(MeshConfig(fsdp=1, expert=4))
+    assert "num_experts=6" in told
+    assert "expert x tensor = 3 or 6, or num_experts = 4 or 8" in told
+    assert "tensor = 2 or 4, or num_heads = 3 or 6" in mesh_error(MeshConfig(fsdp=1, tensor=3))
+    assert "num_kv_heads=1" in mesh_error(MeshConfig(fsdp=1, tensor=2), num_kv_heads=1)
+    assert "data x fsdp x expert = 8, or batch_size = 16" in mesh_error(MeshConfig(data=16, fsdp=1))
+    assert "context x tensor = 2 or 4" in mesh_error(MeshConfig(fsdp=1, context=3))
+    assert "context=16 devices; choose a multiple of 32" in mesh_error(MeshConfig(fsdp=1, context=16))
+
+
+def test_micro_batches_are_what_a_mesh_divides():
+    train = TrainConfig(steps=1, batch_size=8, sequence_length=16, gradient_accumulation=2)
+    model = ModelConfig(vocab_size=96, width=32, num_layers=1, num_heads=4, dense_hidden=8)
+    check_mesh(MeshConfig(fsdp=4), model, train)
+    with pytest.raises(ConfigError, match="batch_size / gradient_accumulation=4 cannot be divided"):
+        check_mesh(MeshConfig(fsdp=8), model, train)
+
+
+def test_an_open_axis_is_what_is_left_of_the_devices():
+    assert MeshConfig(expert=4).resolved(16).fsdp == 4
+    with pytest.raises(ConfigError, match="multiply to 2 or 4"):
+        MeshConfig(expert=3).resolved(8)
+    with pytest.raises(ConfigError, match="makes 4 devices, and there are 8"):
+        MeshConfig(fsdp=4).resolved(8)
+
+
+def test_meshes_are_written_as_presets_and_sizes():
+    assert parse_mesh("fsdp_ep") == MESH_PRESETS["fsdp_ep"]
+    assert parse_mesh("fsdp_ep,expert=16") == MeshConfig(expert=16)
+    assert parse_mesh("fsdp=4, context=2") == MeshConfig(fsdp=4, context=2)
+    with pytest.raises(ConfigError, match="Did you mean 'expert'"):
+        parse_mesh("fsdp=4,exprt=2")
+    with pytest.raises(ConfigError, match="Did you mean 'fsdp_ep_tp'"):
+        parse_mesh("fsdp_ep_pt")
+
+
+def test_the_mesh_is_no_part_of_a_run_s_identity():
+    """A run goes on on another mesh."""
+    run = from_dict(RunConfig, run_dict())
+    other = from_dict(RunConfig, run_dict(mesh={"expert": 8}))
+    assert other.mesh.expert == 8
+    assert config_hash(other) == config_hash(run)

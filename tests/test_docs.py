@@ -1,4 +1,4 @@
-"""The API page names what exists, and no section of it is empty."""
+"""The API page names what exists, no section of it is empty, and the tests that the fault matrix names are there."""
 
 import ast
 import importlib
@@ -31,3 +31,14 @@ def test_packages_say_what_is_public():
         (names,) = [ast.literal_eval(node.value) for node in assigned if node.targets[0].id == "__all__"]
         assert names
         assert f"::: jaxmoe.{name}\n" in PAGE
+
+
+MATRIX = (pathlib.Path(__file__).parents[1] / "docs" / "reliability.md").read_text()
+
+
+def test_the_fault_matrix_names_tests_that_exist():
+    named = re.findall(r"`(\w+/test_\w+\.py)(?:::(\w+))?`", MATRIX)
+    assert len(named) >= 20
+    for file, function in named:
+        tests = (pathlib.Path(__file__).parent / file).read_text()
+        assert not function or f"def {function}(" in tests, f"{file}::{function}"

@@ -6,8 +6,10 @@ compared with the median of the steps around it which neither start a save nor h
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -175,6 +177,13 @@ def _measure_restore(folder: str) -> dict[str, Any]:
     return {"restore_seconds": seconds, "restore_memory_ratio": peak.extra / state_bytes}
 
 
-if __name__ == "__main__":
-    measured = {"save": _measure_saves, "restore": _measure_restore}[sys.argv[1]](f"{sys.argv[2]}/checkpoints")
+def _main(part: str, folder: str) -> None:
+    from jaxmoe.training import reuse_freed_memory
+
+    with reuse_freed_memory() if os.environ.get("JAX_PLATFORMS") == "cpu" else contextlib.nullcontext():
+        measured = {"save": _measure_saves, "restore": _measure_restore}[part](f"{folder}/checkpoints")
     print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

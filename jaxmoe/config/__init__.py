@@ -12,15 +12,17 @@ from jaxmoe.config.data import (
     ReasoningSource,
     SourceConfig,
     TextSource,
+    TokensSource,
 )
 from jaxmoe.config.errors import ConfigError, nearest
-from jaxmoe.config.mesh import MESH_AXES, MeshConfig
+from jaxmoe.config.mesh import MESH_AXES, MESH_PRESETS, MeshConfig, check_mesh, parse_mesh
 from jaxmoe.config.model import DType, ModelConfig, MoEConfig
 from jaxmoe.config.run import EvaluationConfig, RunConfig, TrainConfig
 from jaxmoe.config.values import config_hash, from_dict, to_dict
 
 __all__ = [
     "MESH_AXES",
+    "MESH_PRESETS",
     "SOURCE_KINDS",
     "ConfigError",
     "DType",
@@ -35,9 +37,12 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "TextSource",
+    "TokensSource",
     "TrainConfig",
+    "check_mesh",
     "config_hash",
     "from_dict",
     "nearest",
+    "parse_mesh",
     "to_dict",
 ]

@@ -1,4 +1,4 @@
-"""What a run is trained and evaluated on: sources of four kinds, and their mixture."""
+"""What a run is trained and evaluated on: sources of five kinds, and their mixture."""
 
 from __future__ import annotations
 
@@ -123,6 +123,31 @@ class TextSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TokensSource:
+    """Documents that `experiments.data tokenize` made tokens of, read from their shards as they are needed.
+
+    Attributes:
+      weight: as in `KnowledgeSource`.
+      paths: ArrayRecord shards or patterns, local or gs://.
+      test_paths: shards of the test split; empty: `test_fraction` of the documents is held out.
+      test_fraction: as in `TextSource`.
+      allow_repeat: train on tokens more than once where the run needs more than there are; False refuses.
+    """
+
+    kind: Literal["tokens"] = "tokens"
+    weight: float = 1.0
+    paths: tuple[str, ...] = ()
+    test_paths: tuple[str, ...] = ()
+    test_fraction: float = 0.01
+    allow_repeat: bool = False
+
+    def __post_init__(self):
+        require_non_negative(self, "weight")
+        require(bool(self.paths), "paths is empty; name at least one shard of the tokens source.")
+        require(0 <= self.test_fraction < 1, f"test_fraction={self.test_fraction}; choose 0 <= test_fraction < 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionAnswerSource:
     """Question and answer files, for training and for task loss and accuracy.
 
@@ -166,11 +191,12 @@ class QuestionAnswerSource:
         )
 
 
-SourceConfig = KnowledgeSource | ReasoningSource | TextSource | QuestionAnswerSource
+SourceConfig = KnowledgeSource | ReasoningSource | TextSource | TokensSource | QuestionAnswerSource
 SOURCE_KINDS: dict[str, type] = {
     "knowledge": KnowledgeSource,
     "reasoning": ReasoningSource,
     "text": TextSource,
+    "tokens": TokensSource,
     "question_answer": QuestionAnswerSource,
 }
 
@@ -184,15 +210,22 @@ class DataConfig:
         `*.json` (Hugging Face tokenizers) or `*.model` (sentencepiece).
       sources: by name (any but `all`, which stands for the mixture in records); a row of a batch belongs to one
         source, in proportion to the weights.
+      root: folder, local or gs://, that relative paths of sources and tokenizer start from. They are joined when the
+        configuration is built, which then has no root of its own; None: the folder the command runs in.
       cache_dir: where tokenized text is kept; None: inside the study's folder.
     """
 
     tokenizer: str = "bytes"
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    root: str | None = None
     cache_dir: str | None = None
 
     def __post_init__(self):
         require(bool(self.sources), "data.sources is empty; name at least one source.")
+        if self.root is not None:
+            require(bool(self.root), "data.root is empty; name a folder, or leave it out.")
+            for field, value in _joined(self).items():
+                object.__setattr__(self, field, value)
         require(
             "all" not in self.sources,
             "data.sources has a source named 'all', which stands for the mixture in records; choose another name.",
@@ -202,3 +235,22 @@ class DataConfig:
             sum(weights.values()) > 0,
             f"every weight of the mixture is zero ({', '.join(weights)}); give at least one source weight > 0.",
         )
+
+
+_PATHS = ("paths", "train_paths", "test_paths")
+
+
+def _joined(data: DataConfig) -> dict[str, object]:
+    """The fields of `data` with every relative path after its root, and no root left."""
+
+    def join(path: str) -> str:
+        return path if path.startswith(("/", "~")) or "://" in path else f"{data.root.rstrip('/')}/{path}"
+
+    sources = {
+        name: dataclasses.replace(
+            source, **{key: tuple(map(join, getattr(source, key))) for key in _PATHS if hasattr(source, key)}
+        )
+        for name, source in data.sources.items()
+    }
+    is_file = data.tokenizer.endswith((".json", ".model"))
+    return {"sources": sources, "tokenizer": join(data.tokenizer) if is_file else data.tokenizer, "root": None}

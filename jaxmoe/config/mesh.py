@@ -1,11 +1,16 @@
-"""How many devices each kind of parallelism gets: `MeshConfig`."""
+"""How many devices each kind of parallelism gets: `MeshConfig`, and whether a run can be spread so."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
-from jaxmoe.config.errors import require, require_positive
+from jaxmoe.config.errors import ConfigError, nearest, require, require_positive
+
+if TYPE_CHECKING:
+    from jaxmoe.config.model import ModelConfig
+    from jaxmoe.config.run import TrainConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 """The mesh's axes, the ones that talk least first."""
@@ -28,7 +33,7 @@ class MeshConfig:
     """
 
     data: int = 1
-    fsdp: int = 1
+    fsdp: int = -1
     expert: int = 1
     context: int = 1
     tensor: int = 1
@@ -36,7 +41,10 @@ class MeshConfig:
 
     def __post_init__(self):
         open_axes = [axis for axis in MESH_AXES if getattr(self, axis) == -1]
-        require(len(open_axes) <= 1, f"mesh: {' and '.join(open_axes)} are -1; one axis at most can be what is left.")
+        require(
+            len(open_axes) <= 1,
+            f"mesh: {' and '.join(open_axes)} are -1; one axis at most can be what is left (fsdp is unless given).",
+        )
         require_positive(self, *(axis for axis in MESH_AXES if axis not in open_axes), "slices")
         require(
             self.data == -1 or self.data % self.slices == 0,
@@ -55,13 +63,103 @@ class MeshConfig:
           ConfigError: the axes do not multiply to the number of devices.
         """
         known = math.prod(size for size in self.shape.values() if size != -1)
-        written = ", ".join(f"{axis}={size}" for axis, size in self.shape.items() if size != 1) or "all axes 1"
+        written = ", ".join(f"{axis}={size}" for axis, size in self.shape.items() if size != 1) or "every axis is 1"
         for axis, size in self.shape.items():
             if size == -1:
                 require(
                     devices % known == 0,
-                    f"mesh: {written} on {devices} devices: they cannot be divided by {known}.",
+                    f"mesh: {written}: {devices} devices cannot be divided by {known}; the nearest that fit: axes that "
+                    f"multiply to {_nearest_divisors(devices, known)}.",
                 )
                 return dataclasses.replace(self, **{axis: devices // known})
-        require(known == devices, f"mesh: {written} makes {known} devices, and there are {devices}.")
+        require(
+            known == devices,
+            f"mesh: {written} makes {known} devices, and there are {devices}; give one axis -1 for what is left.",
+        )
         return self
+
+
+MESH_PRESETS = {
+    "fsdp": MeshConfig(),
+    "fsdp_ep": MeshConfig(expert=8),
+    "fsdp_ep_tp": MeshConfig(expert=4, tensor=2),
+    "multislice": MeshConfig(data=2, slices=2, expert=8),
+}
+"""Meshes by name: where to start from. `fsdp` is what is left of the devices in each."""
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """A mesh as a command line writes it: `fsdp_ep`, `fsdp=4,expert=2`, or a preset and changes, `fsdp_ep,expert=16`.
+
+    Raises:
+      ConfigError: an unknown preset or axis, or no whole number.
+    """
+    known = [field.name for field in dataclasses.fields(MeshConfig)]
+    mesh, sizes = MeshConfig(), {}
+    for position, part in enumerate(text.split(",")):
+        axis, equals, size = part.strip().partition("=")
+        if not equals and position == 0 and axis in MESH_PRESETS:
+            mesh = MESH_PRESETS[axis]
+            continue
+        require(bool(equals), f"mesh {part!r}: no such preset.{nearest(part, MESH_PRESETS)}")
+        require(axis in known, f"mesh {part!r}: no such axis.{nearest(axis, known)}")
+        try:
+            sizes[axis] = int(size)
+        except ValueError:
+            raise ConfigError(f"mesh {part!r}: {size!r} is not a whole number.") from None
+    return dataclasses.replace(mesh, **sizes)
+
+
+def check_mesh(mesh: MeshConfig, model: ModelConfig, train: TrainConfig) -> None:
+    """Checks that a run can be spread over a mesh; nothing is allocated.
+
+    Args:
+      mesh: `resolved`, so that no axis is -1.
+      model: of the run.
+      train: of the run.
+
+    Raises:
+      ConfigError: something cannot be divided; the message has the numbers and the nearest that fit.
+    """
+    if model.num_moe_layers:
+        _check_divides(model.moe.num_experts, "num_experts", mesh, "expert", "tensor")
+        _check_divides(model.moe.shared_expert_hidden, "shared_expert_hidden", mesh, "tensor")
+    _check_divides(model.num_heads, "num_heads", mesh, "tensor")
+    _check_divides(model.kv_heads, "num_kv_heads", mesh, "tensor")
+    _check_divides(model.vocab_size, "vocab_size", mesh, "tensor")
+    if "dense" in model.layer_kinds:
+        _check_divides(model.dense_hidden_size, "dense_hidden", mesh, "tensor")
+    _check_divides(model.width, "width", mesh, "fsdp")
+    _check_divides(train.sequence_length, "sequence_length", mesh, "context", "tensor")
+    chunks = 2 * mesh.context
+    require(
+        mesh.context == 1 or train.sequence_length % chunks == 0,
+        f"mesh: sequence_length={train.sequence_length} cannot be divided into the two chunks that attention gives "
+        f"each of context={mesh.context} devices; choose a multiple of {chunks}.",
+    )
+    rows = train.batch_size // train.gradient_accumulation
+    parts = ("data", "fsdp", "expert")
+    name = "batch_size" if train.gradient_accumulation == 1 else "batch_size / gradient_accumulation"
+    _check_divides(rows, name, mesh, *parts)
+
+
+def _check_divides(number: int, name: str, mesh: MeshConfig, *axes: str) -> None:
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    if number % devices == 0:
+        return
+    written = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+    product = f"{written} = {devices}" if len(axes) > 1 else written
+    below, above = number // devices * devices, -(-number // devices) * devices
+    raise ConfigError(
+        f"mesh: {name}={number} cannot be divided among {product} devices. The nearest that fit: "
+        f"{' x '.join(axes)} = {_nearest_divisors(number, devices)}, or {name} = "
+        f"{f'{below} or ' if below else ''}{above}."
+    )
+
+
+def _nearest_divisors(number: int, size: int) -> str:
+    """The divisors of `number` next to `size`, `4 or 8`."""
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    below = [divisor for divisor in divisors if divisor < size][-1:]
+    above = [divisor for divisor in divisors if divisor > size][:1]
+    return " or ".join(map(str, below + above))

@@ -25,6 +25,9 @@ class MoEConfig:
         `softmax_then_topk` takes the K largest of a softmax over all E.
       renormalize: divide the K kept probabilities by their sum (only with `softmax_then_topk`; with
         `topk_then_softmax` they sum to one already).
+      routed_scaling: what the gates are multiplied by (DeepSeek-V2's routed_scaling_factor).
+      shared_expert_hidden: hidden width of an expert that sees every token beside the K routed ones, its output added
+        to theirs (DeepSeekMoE); several shared experts are one of their summed width. 0: none.
       router_dtype: precision of the router's weights as used, logits and softmax. The paper's is bfloat16.
       load_balance_coefficient: weight of the balance loss; 0 switches it off.
       load_balance_definition: `switch` is $E\\sum_e f_e P_e$ with f the share of the T·K assignments, 1 when
@@ -34,6 +37,13 @@ class MoEConfig:
         `mean` averages them.
       capacity_factor: None is dropless. A number c gives each expert room for ceil(c·T·K/E) rows, T the tokens
         of the batch, padding included; what does not fit, later tokens first, is dropped and counted.
+      expert_buffer_factor: where experts are divided among P devices, a device has room for this many times the
+        T·K rows that come to it on average, T the tokens of one device. What finds no room, rows of later devices
+        first, is not computed and counted as `overflow_fraction`. None is room for all that could come,
+        P·T·min(K, E/P) rows, and is exact.
+      strict_buffer: a training step in which a row found no room is not applied, and ends the run with an error.
+      expert_overlap: a device takes its tokens in two halves, so that one half can travel while the other is computed.
+        On TPU the training step tells the compiler to let it. The buffer, too, is one for each half.
       backend: of `pallas_kernels`; `auto` picks by platform, once, and says which.
     """
 
@@ -42,19 +52,25 @@ class MoEConfig:
     expert_hidden: int = 128
     score_order: Literal["topk_then_softmax", "softmax_then_topk"] = "topk_then_softmax"
     renormalize: bool = True
+    routed_scaling: float = 1.0
+    shared_expert_hidden: int = 0
     router_dtype: DType = "float32"
     load_balance_coefficient: float = 1e-2
     load_balance_definition: Literal["switch", "switch_times_k"] = "switch"
     router_z_coefficient: float = 1e-3
     auxiliary_reduction: Literal["sum", "mean"] = "sum"
     capacity_factor: float | None = None
+    expert_buffer_factor: float | None = None
+    strict_buffer: bool = False
+    expert_overlap: bool = False
     backend: Literal["auto", "reference", "cpu", "tpu", "gpu", "ragged_dot"] = "auto"
 
     def __post_init__(self):
         require_non_negative(self, "num_experts", "load_balance_coefficient", "router_z_coefficient")
         if self.num_experts == 0:
             return
-        require_positive(self, "expert_hidden")
+        require_positive(self, "expert_hidden", "routed_scaling")
+        require_non_negative(self, "shared_expert_hidden")
         require(
             1 <= self.experts_per_token <= self.num_experts,
             f"experts_per_token={self.experts_per_token} but the layer has {self.num_experts} experts; "
@@ -64,6 +80,12 @@ class MoEConfig:
             require(
                 self.capacity_factor > 0,
                 f"capacity_factor={self.capacity_factor}; it must be positive, or None for dropless routing.",
+            )
+        if self.expert_buffer_factor is not None:
+            require(
+                self.expert_buffer_factor > 0,
+                f"expert_buffer_factor={self.expert_buffer_factor}; it must be positive, or None for room for all rows "
+                "that could come.",
             )
 
 
@@ -78,7 +100,8 @@ class ModelConfig:
       num_heads: H query heads.
       num_kv_heads: key and value heads; None means num_heads (multi-head attention), fewer is grouped-query.
       head_dim: width of one head; None means width / num_heads.
-      dense_hidden: hidden width of dense layers; None means K·F, so that they are active-matched.
+      dense_hidden: hidden width of dense layers; None means K·F and the shared expert's, so that they are
+        active-matched.
       moe: the routed MLP; None (or num_experts = 0) makes every layer dense.
       first_dense_layers: this many leading layers are dense.
       moe_every: of the rest, every n-th layer is MoE (the n-th, 2n-th, ...), the others dense.
@@ -93,6 +116,8 @@ class ModelConfig:
         (Megatron's default, the paper's), `same` does not.
       max_sequence_length: longest sequence that may be trained or generated.
       compute_dtype: of activations and matmuls; parameters are always float32.
+      attention: how sequences attend without a cache. `xla`: blocks of plain XLA; `splash`: JAX's TPU kernel;
+        `cudnn`, `triton`: cuDNN and Pallas' kernel on GPU; `auto` picks by platform and shape, and says which.
       remat: what the backward pass recomputes: `none`, `full` (each layer) or `dots` (all but matmuls).
     """
 
@@ -115,6 +140,7 @@ class ModelConfig:
     residual_init: Literal["scaled", "same"] = "scaled"
     max_sequence_length: int = 4096
     compute_dtype: DType = "float32"
+    attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
@@ -161,7 +187,9 @@ class ModelConfig:
         """Hidden width of the dense layers with the default resolved; 0 when nothing gives one."""
         if self.dense_hidden is not None:
             return self.dense_hidden
-        return 0 if self.moe is None else self.moe.experts_per_token * self.moe.expert_hidden
+        if self.moe is None:
+            return 0
+        return self.moe.experts_per_token * self.moe.expert_hidden + self.moe.shared_expert_hidden
 
     @property
     def layer_kinds(self) -> tuple[Literal["dense", "moe"], ...]:

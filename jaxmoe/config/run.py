@@ -11,7 +11,11 @@ from typing import ClassVar, Literal
 
 from jaxmoe.config.data import DataConfig
 from jaxmoe.config.errors import require, require_non_negative, require_positive
+from jaxmoe.config.mesh import MeshConfig
 from jaxmoe.config.model import ModelConfig
+from jaxmoe.config.values import NOT_IDENTITY
+
+_LONGEST_SPIKE_WINDOW = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class TrainConfig:
       decay_fraction: share of the steps that `warmup_stable_decay` decays over.
       beta1, beta2, epsilon, weight_decay: AdamW; decay is decoupled, times the learning rate, on matrices only.
       clip_norm: of the global gradient; None does not clip.
-      log_every: steps between lines of metrics.jsonl.
+      log_every: steps between lines of metrics.jsonl; a step that was left out or is a spike has its line too.
       checkpoint_every: steps between checkpoints; None: ten per run. The last step is always saved.
       checkpoint_every_minutes: also save when the last checkpoint is so many minutes old; None: no.
       keep_checkpoints: how many of the newest stay.
@@ -49,6 +53,14 @@ class TrainConfig:
       storage_patience_seconds: how long training waits for storage, at a checkpoint for the one before it and at the
         end for the last one.
       max_nonfinite_steps: this many skipped steps in a row stop the run.
+      spike_action: what to do about a step whose loss is above the median of the last `spike_window` finite losses
+        by more than `spike_factor` times their median absolute deviation. `warn` says so; `skip` leaves the step
+        out, as one that is not finite; `stop` ends the run before the step is applied. `off` does not look.
+      spike_window: finite losses that a step is compared with; it is not before there are so many.
+      spike_factor: 10 is 6.7 standard deviations of a normal distribution.
+      watchdog_minutes: a run in which no step ends for so long is taken to hang: the stacks of all threads are
+        written down and the process ends with status 75, for a scheduler to start it again. Three times as long where
+        XLA may be compiling or storage is waited for. None waits for ever.
     """
 
     steps: int
@@ -79,11 +91,15 @@ class TrainConfig:
     max_missed_saves: int = 3
     storage_patience_seconds: float = 60.0
     max_nonfinite_steps: int = 20
+    spike_action: Literal["off", "warn", "skip", "stop"] = "off"
+    spike_window: int = 100
+    spike_factor: float = 10.0
+    watchdog_minutes: float | None = 20.0
 
     def __post_init__(self):
         require_positive(
             self, "steps", "batch_size", "sequence_length", "gradient_accumulation", "learning_rate", "log_every",
-            "keep_checkpoints", "max_nonfinite_steps", "epsilon", "storage_patience_seconds",
+            "keep_checkpoints", "max_nonfinite_steps", "epsilon", "spike_factor", "storage_patience_seconds",
         )
         require_non_negative(
             self, "warmup_steps", "final_learning_rate_fraction", "weight_decay", "keep_best", "max_missed_saves"
@@ -121,11 +137,17 @@ class TrainConfig:
         )
         if self.clip_norm is not None:
             require_positive(self, "clip_norm")
+        if self.watchdog_minutes is not None:
+            require_positive(self, "watchdog_minutes")
+        require(
+            2 <= self.spike_window <= _LONGEST_SPIKE_WINDOW,
+            f"spike_window={self.spike_window}; choose 2 <= spike_window <= {_LONGEST_SPIKE_WINDOW}.",
+        )
 
     BOOKKEEPING: ClassVar[tuple[str, ...]] = (
         "log_every", "checkpoint_every", "checkpoint_every_minutes", "keep_checkpoints", "keep_every", "keep_best",
         "best_metric", "best_mode", "checkpoint_ocdbt", "checkpoint_zarr3", "checkpoint_chunk_bytes",
-        "max_missed_saves", "storage_patience_seconds", "max_nonfinite_steps",
+        "max_missed_saves", "storage_patience_seconds", "max_nonfinite_steps", "watchdog_minutes",
     )  # fmt: skip
     """Fields that no number of a training depends on."""
 
@@ -176,6 +198,7 @@ class RunConfig:
     Attributes:
       name: of the member; its folder in the study's.
       seed: of initialization, data and order.
+      mesh: the devices. It is no part of `config_hash`: a run may go on on another mesh.
     """
 
     name: str
@@ -184,6 +207,7 @@ class RunConfig:
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = 0
+    mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=NOT_IDENTITY)
 
     def __post_init__(self):
         require_non_negative(self, "seed")

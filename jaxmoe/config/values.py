@@ -18,6 +18,10 @@ from jaxmoe.config.errors import ConfigError, nearest
 T = TypeVar("T")
 
 
+NOT_IDENTITY = types.MappingProxyType({"identity": False})
+"""Metadata of a field that `config_hash` leaves out, since no recorded number depends on it."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values; `from_dict` of it gives an equal configuration."""
 
@@ -34,8 +38,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_hash(config: Any) -> str:
-    """First 16 hex digits of the SHA-256 of the configuration's canonical JSON."""
-    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    """First 16 hex digits of the SHA-256 of the configuration's canonical JSON, without fields of `NOT_IDENTITY`."""
+    values = to_dict(config)
+    for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+        if field.metadata == NOT_IDENTITY:
+            del values[field.name]
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 
-from jaxmoe.config import KnowledgeSource, QuestionAnswerSource, ReasoningSource, SourceConfig, TextSource
+from jaxmoe.config import (
+    KnowledgeSource,
+    QuestionAnswerSource,
+    ReasoningSource,
+    SourceConfig,
+    TextSource,
+    TokensSource,
+)
 from jaxmoe.data.knowledge import knowledge_source
 from jaxmoe.data.question_answer import question_answer_source
 from jaxmoe.data.reasoning import reasoning_source
 from jaxmoe.data.source import Source
 from jaxmoe.data.text import text_source
 from jaxmoe.data.tokenizers import Tokenizer
+from jaxmoe.data.tokens import tokens_source
 
 
 def build_source(
@@ -44,6 +52,8 @@ def build_source(
         return reasoning_source(name, config, tokenizer, **common)
     if isinstance(config, TextSource):
         return text_source(name, config, tokenizer, cache_dir=cache_dir, **common)
+    if isinstance(config, TokensSource):
+        return tokens_source(name, config, tokenizer, cache_dir=cache_dir, **common)
     if isinstance(config, QuestionAnswerSource):
         return question_answer_source(name, config, tokenizer, **common)
     raise TypeError(f"source {name!r} is a {type(config).__name__}.")

@@ -25,7 +25,8 @@ from jaxmoe.data.layouts import Batch
 from jaxmoe.data.source import Source
 from jaxmoe.data.tokenizers import Tokenizer, load_tokenizer, require_vocabulary
 
-LONGEST_PERIOD = 1 << 16
+LONGEST_PERIOD = 1 << 20
+"""Rows after which a mixture's pattern repeats, at most: the paper's smallest source is 9 rows of a million."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Pattern:
         ordinal = np.arange(self.period) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         due = (ordinal + 0.5) / self.counts[source]
         order = np.lexsort((source, due))
-        self._source, self._ordinal = source[order], ordinal[order]
+        self._source, self._ordinal = source[order].astype(np.int32), ordinal[order].astype(np.int32)
 
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source of each row, and the row's number within its source."""
@@ -109,7 +110,8 @@ class Mixture:
     Attributes:
       sources: every source of the configuration, weight 0 included, in its order.
       tokenizer: shared by all.
-      batch_size: B over all hosts; this host's part of a batch is batch_size / host_count rows.
+      batch_size: B over all hosts.
+      rows: which rows of each batch are made here.
     """
 
     def __init__(
@@ -121,8 +123,7 @@ class Mixture:
         steps: int,
         seed: int,
         tokenizer: Tokenizer | None = None,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: Sequence[int] | None = None,
         cache_dir: str | os.PathLike | None = None,
     ):
         """Builds the sources: generates the tasks, reads and tokenizes the files.
@@ -134,20 +135,17 @@ class Mixture:
           steps: how long `iterator` goes on.
           seed: the run's.
           tokenizer: None loads `data.tokenizer`.
-          host_index: this process among those that share each batch.
-          host_count: how many they are.
+          rows: numbers of the rows of each batch that this process needs, in rising order; None for all.
           cache_dir: for tokenized text, where `data.cache_dir` does not say; None: a temporary folder.
 
         Raises:
           ConfigError, DataError: in the words of whoever wrote the configuration or the files.
         """
-        if batch_size % host_count:
-            raise ConfigError(f"batch_size={batch_size} is not divisible by the {host_count} hosts.")
-        if not 0 <= host_index < host_count:
-            raise ConfigError(f"host_index={host_index}; choose 0..{host_count - 1}.")
         self.tokenizer = load_tokenizer(data.tokenizer) if tokenizer is None else tokenizer
         self.batch_size, self.sequence_length, self.steps, self.seed = batch_size, sequence_length, steps, seed
-        self.host_index, self.host_count = host_index, host_count
+        self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+        if not np.array_equal(self.rows, np.intersect1d(self.rows, np.arange(batch_size))):
+            raise ConfigError(f"rows={self.rows.tolist()}; choose of 0..{batch_size - 1}, in rising order.")
         cache = data.cache_dir if data.cache_dir is not None else cache_dir
         self.sources: list[Source] = []
         for index, (name, source) in enumerate(data.sources.items()):
@@ -162,6 +160,19 @@ class Mixture:
             if source.config.weight > 0 and source.rows_per_epoch == 0:
                 raise ConfigError(f"source {source.name!r} has weight={source.config.weight} but no training rows.")
         self._pattern = Pattern([source.config.weight for source in self.sources])
+        self._check_repeats()
+
+    def _check_repeats(self) -> None:
+        """Refuses a run that needs more of a source than there is, where the source must not be repeated."""
+        rows = self._pattern.rows_before(self.steps * self.batch_size)
+        for source, needed in zip(self.sources, rows.tolist(), strict=True):
+            if getattr(source.config, "allow_repeat", True) or needed <= source.rows_per_epoch:
+                continue
+            raise ConfigError(
+                f"source {source.name!r}: the run takes {needed * self.sequence_length:,} tokens of it, and it has "
+                f"{source.tokens_per_epoch:,}: {needed / source.rows_per_epoch:.2f} epochs. Set allow_repeat=True, "
+                "tokenize more, or lower its weight or train.steps."
+            )
 
     @classmethod
     def of_run(
@@ -169,8 +180,7 @@ class Mixture:
         run: RunConfig,
         *,
         tokenizer: Tokenizer | None = None,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: Sequence[int] | None = None,
         cache_dir: str | os.PathLike | None = None,
     ) -> Mixture:
         """The batches of a run, whose model must have an embedding for every token.
@@ -178,8 +188,7 @@ class Mixture:
         Args:
           run: the configuration.
           tokenizer: None loads `run.data.tokenizer`.
-          host_index: this process among those that share each batch.
-          host_count: how many they are.
+          rows: of each batch that this process needs; None for all.
           cache_dir: as for `Mixture`.
 
         Raises:
@@ -194,8 +203,7 @@ class Mixture:
             steps=run.train.steps,
             seed=run.seed,
             tokenizer=tokenizer,
-            host_index=host_index,
-            host_count=host_count,
+            rows=rows,
             cache_dir=cache_dir,
         )
 
@@ -236,18 +244,23 @@ class Mixture:
         }
 
     def batch(self, step: int) -> Batch:
-        """This host's rows of the batch of 0-based global step `step`; hosts hold consecutive parts of it."""
-        share = self.batch_size // self.host_count
-        first = step * self.batch_size + self.host_index * share
-        owner, numbers = self._pattern(np.arange(first, first + share, dtype=np.int64))
-        batch: Batch = {}
+        """This process's rows of the batch of 0-based global step `step`."""
+        return self.batches(step, 1)[0]
+
+    def batches(self, first_step: int, count: int) -> list[Batch]:
+        """The batches of `count` steps from `first_step` on; made together, small ones cost less."""
+        share = len(self.rows)
+        starts = np.arange(first_step, first_step + count, dtype=np.int64) * self.batch_size
+        owner, numbers = self._pattern((starts[:, None] + self.rows).ravel())
+        together: Batch = {}
         for index in np.unique(owner):
             chosen = np.flatnonzero(owner == index)
             for key, values in self.sources[index].rows(numbers[chosen]).items():
-                if key not in batch:
-                    batch[key] = np.empty((share, *values.shape[1:]), values.dtype)
-                batch[key][chosen] = values
-        return batch
+                if key not in together:
+                    together[key] = np.empty((len(owner), *values.shape[1:]), values.dtype)
+                together[key][chosen] = values
+        parts = [slice(start, start + share) for start in range(0, len(owner), share)]
+        return [{key: values[part] for key, values in together.items()} for part in parts]
 
     def accounting(self, steps: int | None = None) -> dict[str, SourceAccount]:
         """Rows, tokens and epochs of each source in the first `steps` steps (None: all), over all hosts."""

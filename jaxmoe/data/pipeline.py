@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from jaxmoe.data.layouts import Batch
@@ -14,18 +16,51 @@ if TYPE_CHECKING:
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 4
 
+_POSITIONS_TOGETHER = 1 << 16
+"""Batches are made together only as far as they have this many positions: a megabyte."""
+_STEPS_TOGETHER = 16
+_BLOCKS_KEPT = 2
+
 
 class _BatchesByStep:
-    """A Grain random-access source whose element i is the batch of step i."""
+    """A Grain random-access source whose element i is the batch of step i.
+
+    Small batches of many sources are made several steps at once: each source has its part of a few rows to do for
+    every call, and would spend its time on calling.
+    """
 
     def __init__(self, mixture: Mixture):
         self._mixture = mixture
+        positions = mixture.batch_size * mixture.sequence_length
+        self._together = max(1, min(_STEPS_TOGETHER, _POSITIONS_TOGETHER // positions))
+        self._lock = threading.Lock()
+        self._blocks: dict[int, Future[list[Batch]]] = {}
 
     def __len__(self) -> int:
         return self._mixture.steps
 
     def __getitem__(self, step: Any) -> Batch:
-        return self._mixture.batch(int(step))
+        if self._together == 1:
+            return self._mixture.batch(int(step))
+        number, place = divmod(int(step), self._together)
+        return self._block(number)[place]
+
+    def _block(self, number: int) -> list[Batch]:
+        """The batches of steps `number * together` on, made by the thread that asks first."""
+        with self._lock:
+            block = self._blocks.get(number)
+            first = block is None
+            if first:
+                block = self._blocks[number] = Future()
+                while len(self._blocks) > _BLOCKS_KEPT:
+                    del self._blocks[next(iter(self._blocks))]
+        if first:
+            start = number * self._together
+            try:
+                block.set_result(self._mixture.batches(start, min(self._together, self._mixture.steps - start)))
+            except Exception as error:
+                block.set_exception(error)
+        return block.result()
 
     def __repr__(self) -> str:
         return f"batches of {', '.join(self._mixture.source_names)}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import gzip
+import importlib
+import io
 import json
 import logging
 import os
@@ -12,13 +14,13 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.files import require_file
 from jaxmoe.storage import as_path, is_remote
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".array_record")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".array_record")
 QUESTION_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 
 _BROKEN = object()
@@ -64,8 +66,9 @@ class RecordErrors:
 def read_records(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
     """The records of one file.
 
-    `.txt` is one record, the whole text. `.jsonl` and `.jsonl.gz` have one JSON value a line (blank lines are none),
-    `.json` is a list of values. A record of `.array_record` is JSON if it is a JSON object, else text.
+    `.txt` is one record, the whole text. `.jsonl`, `.jsonl.gz` and `.jsonl.zst` have one JSON value a line (blank
+    lines are none), `.json` is a list of values, a row of `.parquet` is an object. A record of `.array_record` is JSON
+    if it is a JSON object, else text.
 
     Args:
       path: local or gs://; its suffix decides the format.
@@ -82,7 +85,10 @@ def read_records(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
     size = file.stat().length
     if size == 0:
         raise DataError(f"{path}: the file is empty.")
-    readers = {".txt": _text, ".jsonl": _lines, ".jsonl.gz": _lines, ".json": _items, ".array_record": _array_records}
+    readers = {
+        ".txt": _text, ".jsonl": _lines, ".jsonl.gz": _lines, ".jsonl.zst": _lines, ".json": _items,
+        ".parquet": _rows, ".array_record": _array_records,
+    }  # fmt: skip
     reader = next(reader for suffix, reader in readers.items() if path.endswith(suffix))
     records, broken = 0, errors.total
     try:
@@ -117,8 +123,8 @@ def _text(path: str, errors: RecordErrors) -> Iterator[tuple[str, str]]:
 
 
 def _lines(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
-    with as_path(path).open("rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as lines:
-        number = 0
+    with as_path(path).open("rb") as raw, _decompressed(path, raw) as lines:
+        number, broken = 0, (EOFError, zlib.error, gzip.BadGzipFile, *_zstandard_errors(path))
         try:
             for number, line in enumerate(lines, start=1):
                 location = f"{path}:{number}"
@@ -127,8 +133,41 @@ def _lines(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
                 value = _BROKEN if text is None else _parsed(location, text, errors)
                 if value is not _BROKEN:
                     yield location, value
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            errors.report(f"{path}:{number + 1}", "broken gzip data", f" ({error}); the rest of the file is lost")
+        except broken as error:
+            errors.report(f"{path}:{number + 1}", "broken compressed data", f" ({error}); the rest of the file is lost")
+
+
+def _decompressed(path: str, raw: BinaryIO) -> BinaryIO:
+    if path.endswith(".gz"):
+        return gzip.open(raw)
+    if path.endswith(".zst"):
+        reader = _needed("zstandard", path).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return io.BufferedReader(reader, 1 << 20)
+    return raw
+
+
+def _zstandard_errors(path: str) -> tuple[type[Exception], ...]:
+    return (_needed("zstandard", path).ZstdError,) if path.endswith(".zst") else ()
+
+
+def _needed(package: str, path: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise DataError(f"{path}: needs `pip install jaxmoe[data]` ({error}).") from error
+
+
+def _rows(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
+    parquet, arrow = _needed("pyarrow.parquet", path), _needed("pyarrow", path)
+    with as_path(path).open("rb") as file:
+        try:
+            number = 0
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    yield f"{path}: row {number}", row
+                    number += 1
+        except (arrow.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as parquet ({error}).") from error
 
 
 def _items(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from jaxmoe.config import TextSource
 from jaxmoe.data.cache import Corpus, cached_corpus
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.files import expand, identity
-from jaxmoe.data.layouts import PackedLayout
+from jaxmoe.data.layouts import Documents, PackedLayout
 from jaxmoe.data.records import TEXT_SUFFIXES, RecordErrors, read_records, string_field
 from jaxmoe.data.source import Source
 from jaxmoe.data.tokenizers import Tokenizer, require_any_text
@@ -44,22 +44,16 @@ def text_source(
     content = [tokenizer.fingerprint.encode(), corpus.hashes.tobytes()]
     skipped = dict(corpus.skipped)
     if config.test_paths:
-        held_out = _corpus(name, config, config.test_paths, tokenizer, cache_dir)
-        test = held_out.documents
-        content.append(held_out.hashes.tobytes())
-        shared = int(np.isin(held_out.hashes, corpus.hashes).sum())
+        test_corpus = _corpus(name, config, config.test_paths, tokenizer, cache_dir)
+        test = test_corpus.documents
+        content.append(test_corpus.hashes.tobytes())
+        shared = int(np.isin(test_corpus.hashes, corpus.hashes).sum())
         if shared:
             _log.warning("source %r: %d of %d test documents are also in the training files.", name, shared, len(test))
-        for reason, count in held_out.skipped.items():
+        for reason, count in test_corpus.skipped.items():
             skipped[reason] = skipped.get(reason, 0) + count
-    elif config.test_fraction:
-        chosen = corpus.hashes < np.uint64(int(config.test_fraction * 2**64))
-        train, test = train.select(~chosen), train.select(chosen)
-        if not chosen.any():
-            _log.warning(
-                "source %r: test_fraction=%s holds out none of %d documents; for a validation loss, name test_paths.",
-                name, config.test_fraction, len(chosen),
-            )
+    else:
+        train, test = held_out(name, corpus.documents, corpus.hashes, config.test_fraction)
     layouts = {"train": PackedLayout(train, sequence_length, tokenizer.pad_id)}
     if layouts["train"].row_count == 0:
         raise DataError(
@@ -81,12 +75,33 @@ def read_texts(paths: Sequence[str], text_key: str, errors: RecordErrors) -> Ite
     """
     for path in paths:
         for location, value in read_records(path, errors):
-            plain = isinstance(value, str) and path.endswith((".txt", ".array_record"))
-            text = value if plain else string_field(location, value, text_key, errors)
+            text = text_of(path, location, value, text_key, errors)
             if text:
                 yield text
-            elif text is not None:
-                errors.skipped["empty text"] += 1
+
+
+def held_out(
+    name: str, documents: Documents, hashes: np.ndarray, fraction: float
+) -> tuple[Documents, Documents | None]:
+    """Training and test documents: those whose text hashes into the first `fraction` of all hashes are for testing."""
+    if not fraction:
+        return documents, None
+    chosen = hashes < np.uint64(int(fraction * 2**64))
+    if not chosen.any():
+        _log.warning(
+            "source %r: test_fraction=%s holds out none of %d documents; for a validation loss, name test_paths.",
+            name, fraction, len(chosen),
+        )  # fmt: skip
+    return documents.select(~chosen), documents.select(chosen)
+
+
+def text_of(path: str, location: str, value: object, text_key: str, errors: RecordErrors) -> str | None:
+    """The text of a record of `read_records`; None, and told to `errors`, where there is none or an empty one."""
+    plain = isinstance(value, str) and path.endswith((".txt", ".array_record"))
+    text = value if plain else string_field(location, value, text_key, errors)
+    if text == "":
+        errors.skipped["empty text"] += 1
+    return text or None
 
 
 def _corpus(

@@ -3,6 +3,7 @@
 from jaxmoe.evaluation.checkpoint import checkpoint_context
 from jaxmoe.evaluation.evaluate import evaluate_all
 from jaxmoe.evaluation.generation import GenerationScore, generation_accuracy, greedy_answers
+from jaxmoe.evaluation.multiple_choice import MultipleChoiceScore, Question, hellaswag_question, score_questions
 from jaxmoe.evaluation.records import (
     Record,
     make_record,
@@ -18,6 +19,8 @@ from jaxmoe.evaluation.validation import ValidationScore, validation_loss
 __all__ = [
     "ExampleScores",
     "GenerationScore",
+    "MultipleChoiceScore",
+    "Question",
     "Record",
     "TaskScore",
     "ValidationScore",
@@ -25,10 +28,12 @@ __all__ = [
     "evaluate_all",
     "generation_accuracy",
     "greedy_answers",
+    "hellaswag_question",
     "make_record",
     "named_numbers",
     "score_each",
     "score_examples",
+    "score_questions",
     "set_aside",
     "validate_record",
     "validation_loss",

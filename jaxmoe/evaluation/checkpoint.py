@@ -9,6 +9,7 @@ from etils import epath
 
 from jaxmoe.config import RunConfig
 from jaxmoe.data import Mixture
+from jaxmoe.sharding import partitioning_of_run
 from jaxmoe.training import Checkpoints, EvaluationContext, Resumed, abstract_state, evaluation_context
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 
@@ -29,11 +30,14 @@ def checkpoint_context(
     directory = epath.Path(directory)
     if not (directory / CHECKPOINT_DIRECTORY).exists():
         return None
-    graphdef, like = abstract_state(run)
+    partitioning = partitioning_of_run(run)
+    graphdef, like = abstract_state(run, partitioning)
     with Checkpoints(directory / CHECKPOINT_DIRECTORY) as checkpoints:
         restored = checkpoints.restore(dataclasses.replace(like, opt_state=None), partial=True)
     if restored is None:
         return None
     mixture = Mixture.of_run(run, cache_dir=cache_dir)
     resumed = Resumed.of_checkpoint(run, restored.step, restored.metadata, mixture)
-    return evaluation_context(run, directory, graphdef, restored.state, mixture, resumed)
+    return evaluation_context(
+        run, directory, graphdef, restored.state, mixture, resumed, partitioning=partitioning
+    )

@@ -25,6 +25,7 @@ from jaxmoe.evaluation.records import Record, device_description, make_record, v
 from jaxmoe.evaluation.scoring import TaskScore, score_examples
 from jaxmoe.evaluation.validation import validation_loss
 from jaxmoe.models import Decoder
+from jaxmoe.sharding import use_partitioning
 from jaxmoe.training import EvaluationContext, averaging_window
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ def evaluate_all(context: EvaluationContext, labels: Mapping[str, str] | None = 
     Raises:
       EvaluationStopped: the run was asked to stop meanwhile.
     """
-    identity = run_identity(context, labels)
+    with use_partitioning(context.partitioning):
+        return _evaluate_all(context, run_identity(context, labels))
+
+
+def _evaluate_all(context: EvaluationContext, identity: Mapping[str, Any]) -> list[Record]:
     records = training_records(context, identity)
     model = context.model()
     settings = context.run.evaluation

@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
@@ -22,6 +21,7 @@ from jaxmoe.data.answers import AnswerFormat, extract_answer
 from jaxmoe.evaluation.forward import batches_of
 from jaxmoe.evaluation.scoring import padded_length, ratio_standard_error
 from jaxmoe.models import Decoder, dropless, generate
+from jaxmoe.sharding import Partitioning, partitioning_in_use, placed, use_partitioning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,7 @@ def greedy_answers(
       batch_size: prompts at once, at most.
     """
     graphdef, state = nnx.split(dropless(model))
+    partitioning = partitioning_in_use()
     new_tokens = min(max_new_tokens, max(1, model.config.max_sequence_length // 2))
     tokens = tokenizer.encode_batch(list(prompts))
     lengths = np.array([len(ids) for ids in tokens], np.int64)
@@ -124,8 +125,10 @@ def greedy_answers(
         for row, member in enumerate(members):
             padded[row, : lengths[member]] = tokens[member]
         written = np.asarray(
-            _generate(
-                graphdef, state, jnp.asarray(padded), jnp.asarray(lengths[members], jnp.int32),
+            _compiled(partitioning)(
+                graphdef, state,
+                placed(padded, partitioning, "batch", None),
+                placed(lengths[members].astype(np.int32), partitioning, "batch"),
                 new_tokens, tokenizer.eos_id, tokenizer.pad_id,
             )
         )  # fmt: skip
@@ -138,7 +141,19 @@ def greedy_answers(
     return answers
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@functools.cache
+def _compiled(partitioning: Partitioning | None) -> Callable[..., Int[Array, "B max_new_tokens"]]:
+    """`_generate` for a partitioning, with results that every process has."""
+    if partitioning is None:
+        return jax.jit(_generate, static_argnums=(0, 4, 5, 6))
+
+    def generated(*arguments):
+        with use_partitioning(partitioning):
+            return _generate(*arguments)
+
+    return jax.jit(generated, static_argnums=(0, 4, 5, 6), out_shardings=partitioning.sharding((), ()))
+
+
 def _generate(
     graphdef: Any,
     state: Any,

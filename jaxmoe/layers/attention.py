@@ -14,10 +14,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import ModelConfig, from_dict
-from jaxmoe.layers.causal_attention import MASKED, causal_attention
+from jaxmoe.layers.causal_attention import MASKED
 from jaxmoe.layers.norm import rms_normalize
 from jaxmoe.layers.parameters import dtype_name, normal_parameter, residual_output_std
 from jaxmoe.layers.rope import apply_rope, rope_angles
+from jaxmoe.layers.self_attention import self_attention
+from jaxmoe.sharding import gathered
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +42,7 @@ class Attention(nnx.Module):
       num_heads: H.
       num_kv_heads: M; None for H.
       head_dim: None for D / H.
-      qk_norm, rope_theta, norm_eps, init_std, compute_dtype: as in `jaxmoe.config.ModelConfig`.
+      qk_norm, rope_theta, norm_eps, init_std, compute_dtype, attention: as in `jaxmoe.config.ModelConfig`.
       output_init_std: of the output projection; None for init_std.
 
     Raises:
@@ -60,6 +62,7 @@ class Attention(nnx.Module):
         init_std: float = 0.02,
         output_init_std: float | None = None,
         compute_dtype: DTypeLike = "float32",
+        attention: str = "auto",
         rngs: nnx.Rngs,
     ):
         settings = {
@@ -72,6 +75,7 @@ class Attention(nnx.Module):
             "norm_eps": norm_eps,
             "init_std": init_std,
             "compute_dtype": dtype_name(compute_dtype),
+            "attention": attention,
         }
         checked = from_dict(ModelConfig, {"vocab_size": 1, "num_layers": 1, "dense_hidden": 1, **settings}, "Attention")
         self.num_kv_heads, self.head_dim = checked.kv_heads, checked.head_size
@@ -79,10 +83,14 @@ class Attention(nnx.Module):
         self.rope_theta = rope_theta
         self.norm_eps = norm_eps
         self.compute_dtype = checked.compute_dtype
+        self.attention = checked.attention
         fused = (width, self.num_kv_heads, self.queries_per_key + 2, self.head_dim)
-        self.query_key_value = normal_parameter(rngs, fused, init_std)
+        self.query_key_value = normal_parameter(rngs, fused, init_std, axes=("width", "heads", None, None))
         self.output = normal_parameter(
-            rngs, (num_heads, self.head_dim, width), init_std if output_init_std is None else output_init_std
+            rngs,
+            (num_heads, self.head_dim, width),
+            init_std if output_init_std is None else output_init_std,
+            axes=("heads", None, "width"),
         )
         self.has_qk_norm = qk_norm != "none"
         if self.has_qk_norm:
@@ -104,6 +112,7 @@ class Attention(nnx.Module):
             init_std=config.init_std,
             output_init_std=residual_output_std(config),
             compute_dtype=config.compute_dtype,
+            attention=config.attention,
             rngs=rngs,
         )
 
@@ -138,7 +147,7 @@ class Attention(nnx.Module):
         if rotary is None:
             rotary = rope_angles(positions, self.head_dim, self.rope_theta)
         with jax.named_scope("attention"):
-            weight = self.query_key_value[...].astype(self.compute_dtype)
+            weight = gathered(self.query_key_value[...].astype(self.compute_dtype), "width", "heads", None, None)
             projected = jnp.einsum("bsd,dmrh->bsmrh", x.astype(self.compute_dtype), weight)
             cosine, sine = (angle[:, :, None, None] for angle in rotary)
             query_key = apply_rope(self._normalized(projected[..., :-1, :]), cosine, sine)
@@ -146,13 +155,14 @@ class Attention(nnx.Module):
             key = query_key[..., -1, :].transpose(0, 2, 1, 3)
             value = projected[..., -1, :].transpose(0, 2, 1, 3)
             if cache is None:
-                mixed = causal_attention(query, key, value, groups)
+                mixed = self_attention(query, key, value, groups, attention=self.attention)
             else:
                 positions = jnp.broadcast_to(positions, (batch, length))
                 cache = written(cache, layer, key, value, positions[:, 0])
                 mixed = cached_attention(query, cache.key[layer], cache.value[layer], positions)
             mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, self.head_dim)
-            return jnp.einsum("bsnh,nhd->bsd", mixed, self.output[...].astype(self.compute_dtype)), cache
+            output = gathered(self.output[...].astype(self.compute_dtype), "heads", None, "width")
+            return jnp.einsum("bsnh,nhd->bsd", mixed, output), cache
 
     def _normalized(self, query_key: Float[Array, "B S M R1 head_dim"]) -> Float[Array, "B S M R1 head_dim"]:
         """RMSNorm of queries and keys over as many dims as their scales have: one head's or all heads'."""

@@ -80,13 +80,13 @@ def _attend(query, key, value, groups):
     outputs, log_sums = [], []
     for start, end in query_blocks(query.shape[3]):
         part = query[:, :, :, start:end]
-        scores = _product("bmqh,bmch->bmqc", _scaled(_heads_in_line(part)), key[:, :, :end])
+        scores = product("bmqh,bmch->bmqc", scaled(heads_in_line(part)), key[:, :, :end])
         allowed = _allowed(groups, start, end, part.shape[2])
         scores = jnp.where(allowed, scores, MASKED)
         highest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis=-1, keepdims=True)
-        mixed = _product("bmqc,bmch->bmqh", weights.astype(value.dtype), value[:, :, :end])
+        mixed = product("bmqc,bmch->bmqh", weights.astype(value.dtype), value[:, :, :end])
         outputs.append((mixed / total).astype(query.dtype).reshape(part.shape))
         log_sums.append((highest + jnp.log(total)).swapaxes(2, 3))
     return jnp.concatenate(outputs, axis=3), log_sums
@@ -98,19 +98,19 @@ def _gradients(query, key, value, groups, output, log_sums, gradient):
     shared = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
     query_parts, key_parts, value_parts = [], [], []
     for (start, end), log_sum in zip(query_blocks(length), log_sums, strict=True):
-        part, inner, common = (_heads_in_line(x[:, :, :, start:end]) for x in (query, gradient, shared))
-        part, keys, values = _scaled(part), key[:, :, :end], value[:, :, :end]
+        part, inner, common = (heads_in_line(x[:, :, :, start:end]) for x in (query, gradient, shared))
+        part, keys, values = scaled(part), key[:, :, :end], value[:, :, :end]
         allowed = _allowed(groups, start, end, query.shape[2]).swapaxes(2, 3)
-        scores = _product("bmch,bmqh->bmcq", keys, part)
+        scores = product("bmch,bmqh->bmcq", keys, part)
         weights = jnp.where(allowed, jnp.exp(scores - log_sum), 0.0)
-        weight_gradient = _product("bmch,bmqh->bmcq", values, inner)
+        weight_gradient = product("bmch,bmqh->bmcq", values, inner)
         score_gradient = (weights * (weight_gradient - common.swapaxes(2, 3))).astype(query.dtype)
         later = ((0, 0), (0, 0), (0, length - end), (0, 0))
         # Of the two forms of this product, the one whose transposed operand and result are narrow.
-        moved = scale * _product("bmhc,bmcq->bmhq", keys.swapaxes(2, 3), score_gradient).swapaxes(2, 3)
+        moved = scale * product("bmhc,bmcq->bmhq", keys.swapaxes(2, 3), score_gradient).swapaxes(2, 3)
         query_parts.append(moved.reshape(query[:, :, :, start:end].shape))
-        key_parts.append(jnp.pad(_product("bmcq,bmqh->bmch", score_gradient, part), later))
-        value_parts.append(jnp.pad(_product("bmcq,bmqh->bmch", weights.astype(value.dtype), inner), later))
+        key_parts.append(jnp.pad(product("bmcq,bmqh->bmch", score_gradient, part), later))
+        value_parts.append(jnp.pad(product("bmcq,bmqh->bmch", weights.astype(value.dtype), inner), later))
     return (
         jnp.concatenate(query_parts, axis=3).astype(query.dtype),
         sum(key_parts).astype(key.dtype),
@@ -118,15 +118,15 @@ def _gradients(query, key, value, groups, output, log_sums, gradient):
     )
 
 
-def _product(subscripts: str, left: Array, right: Array) -> Array:
+def product(subscripts: str, left: Array, right: Array) -> Array:
     return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
 
 
-def _heads_in_line(x: Float[Array, "B M R Q n"]) -> Float[Array, "B M RQ n"]:
+def heads_in_line(x: Float[Array, "B M R Q n"]) -> Float[Array, "B M RQ n"]:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _scaled(query: Array) -> Array:
+def scaled(query: Array) -> Array:
     """Queries over the root of head_dim: fewer numbers than the scores."""
     return (query * query.shape[-1] ** -0.5).astype(query.dtype)
 

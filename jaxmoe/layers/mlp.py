@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxmoe.layers.parameters import dtype_name, normal_parameter
+from jaxmoe.sharding import constrain, gathered, partitioning_in_use
 
 
 class DenseMLP(nnx.Module):
@@ -34,17 +35,32 @@ class DenseMLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.compute_dtype = dtype_name(compute_dtype)
-        self.gate_up = normal_parameter(rngs, (width, 2 * hidden), init_std)
-        self.down = normal_parameter(rngs, (hidden, width), init_std if output_init_std is None else output_init_std)
+        self.gate_up = normal_parameter(rngs, (width, 2 * hidden), init_std, axes=("width", "hidden"))
+        self.down = normal_parameter(
+            rngs, (hidden, width), init_std if output_init_std is None else output_init_std, axes=("hidden", "width")
+        )
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate_up, down = (weight[...].astype(self.compute_dtype) for weight in (self.gate_up, self.down))
         with jax.named_scope("dense_mlp"):
-            return gated_product(x.astype(self.compute_dtype) @ gate_up, down)
+            if partitioning_in_use() is None:
+                return gated_product(x.astype(self.compute_dtype) @ gate_up, down)
+            gate_up, down = gathered(gate_up, "width", "hidden"), gathered(down, "hidden", "width")
+            # Stored, gate and up stand one after the other; a device needs the same units of both.
+            gate_up = constrain(gate_up.reshape(gate_up.shape[0], 2, -1), None, None, "hidden")
+            return gated_product(jnp.einsum("...d,dgf->...gf", x.astype(self.compute_dtype), gate_up), down)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def gated_product(hidden: Float[Array, "... 2F"], down: Float[Array, "F D"]) -> Float[Array, "... D"]:
-    """The gated hidden states times `down`. The backward pass keeps `hidden` alone and gates it again."""
-    gate, up = jnp.split(hidden, 2, axis=-1)
+    """The gated hidden states times `down`. The backward pass keeps `hidden` alone and gates it again.
+
+    Args:
+      hidden: gate and up one after the other, or along an axis of their own, (..., 2, F).
+      down: the projection back.
+    """
+    if hidden.shape[-1] == down.shape[0]:
+        gate, up = hidden[..., 0, :], hidden[..., 1, :]
+    else:
+        gate, up = jnp.split(hidden, 2, axis=-1)
     return (jax.nn.silu(gate) * up) @ down

@@ -5,6 +5,7 @@ T tokens, D width, E experts, K experts per token, F hidden width of one expert,
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,14 +16,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 import pallas_kernels
-from jaxmoe.config import ConfigError, ModelConfig, MoEConfig, from_dict
+from jaxmoe.config import MESH_AXES, ConfigError, ModelConfig, MoEConfig, from_dict
+from jaxmoe.layers import expert_parallel
+from jaxmoe.layers.mlp import DenseMLP
 from jaxmoe.layers.parameters import dtype_name, normal_parameter, residual_output_std
 from jaxmoe.layers.router import Router, Routing
 from jaxmoe.layers.statistics import RouterStatistics
+from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use
+
+_WEIGHTS = {"gate_up": ("experts", "expert_width", None), "down": ("experts", None, "expert_width")}
+"""Logical axes of the experts' weights."""
 
 
 class MoE(nnx.Module):
-    """K of E SwiGLU experts for every token.
+    """K of E SwiGLU experts for every token, and a shared one for all of them if there is one.
 
     The experts' gradients are written by hand, so forward-mode differentiation (`jax.jvp`) is not supported.
 
@@ -31,7 +38,8 @@ class MoE(nnx.Module):
       num_experts: E.
       experts_per_token: K, at most E.
       expert_hidden: F.
-      score_order, renormalize, router_dtype, capacity_factor, backend: as in `jaxmoe.config.MoEConfig`.
+      score_order, renormalize, routed_scaling, shared_expert_hidden, router_dtype, capacity_factor,
+        expert_buffer_factor, expert_overlap, backend: as in `jaxmoe.config.MoEConfig`.
       init_std: of the router, gate and up weights.
       output_init_std: of the down weights; None for init_std.
       compute_dtype: of the experts' matrix products.
@@ -50,8 +58,12 @@ class MoE(nnx.Module):
         expert_hidden: int,
         score_order: str = "topk_then_softmax",
         renormalize: bool = True,
+        routed_scaling: float = 1.0,
+        shared_expert_hidden: int = 0,
         router_dtype: DTypeLike = "float32",
         capacity_factor: float | None = None,
+        expert_buffer_factor: float | None = None,
+        expert_overlap: bool = False,
         backend: str = "auto",
         init_std: float = 0.02,
         output_init_std: float | None = None,
@@ -63,13 +75,18 @@ class MoE(nnx.Module):
             "experts_per_token": experts_per_token,
             "score_order": score_order,
             "renormalize": renormalize,
+            "routed_scaling": routed_scaling,
             "router_dtype": dtype_name(router_dtype),
         }
-        checked = from_dict(
-            MoEConfig,
-            routing | {"expert_hidden": expert_hidden, "capacity_factor": capacity_factor, "backend": backend},
-            "MoE",
-        )
+        others = {
+            "expert_hidden": expert_hidden,
+            "shared_expert_hidden": shared_expert_hidden,
+            "capacity_factor": capacity_factor,
+            "expert_buffer_factor": expert_buffer_factor,
+            "expert_overlap": expert_overlap,
+            "backend": backend,
+        }
+        checked = from_dict(MoEConfig, routing | others, "MoE")
         if checked.num_experts == 0:
             raise ConfigError("MoE: num_experts=0; a layer without experts is jaxmoe.layers.DenseMLP.")
         if width <= 0:
@@ -84,12 +101,29 @@ class MoE(nnx.Module):
         self.num_experts = checked.num_experts
         self.experts_per_token = checked.experts_per_token
         self.capacity_factor = checked.capacity_factor
+        self.expert_buffer_factor = checked.expert_buffer_factor
+        self.expert_overlap = checked.expert_overlap
         self.compute_dtype = compute_dtype
         self.router = Router(width, **{name: getattr(checked, name) for name in routing}, init_std=init_std, rngs=rngs)
-        self.gate_up = normal_parameter(rngs, (num_experts, width, 2 * expert_hidden), init_std)
-        self.down = normal_parameter(
-            rngs, (num_experts, expert_hidden, width), init_std if output_init_std is None else output_init_std
+        self.gate_up = normal_parameter(
+            rngs, (num_experts, width, 2 * expert_hidden), init_std, axes=_WEIGHTS["gate_up"]
         )
+        self.down = normal_parameter(
+            rngs,
+            (num_experts, expert_hidden, width),
+            init_std if output_init_std is None else output_init_std,
+            axes=_WEIGHTS["down"],
+        )
+        self.has_shared_expert = checked.shared_expert_hidden > 0
+        if self.has_shared_expert:
+            self.shared_expert = DenseMLP(
+                width,
+                checked.shared_expert_hidden,
+                init_std=init_std,
+                output_init_std=output_init_std,
+                compute_dtype=compute_dtype,
+                rngs=rngs,
+            )
 
     @classmethod
     def from_config(cls, config: ModelConfig, *, rngs: nnx.Rngs) -> MoE:
@@ -104,8 +138,12 @@ class MoE(nnx.Module):
             expert_hidden=moe.expert_hidden,
             score_order=moe.score_order,
             renormalize=moe.renormalize,
+            routed_scaling=moe.routed_scaling,
+            shared_expert_hidden=moe.shared_expert_hidden,
             router_dtype=moe.router_dtype,
             capacity_factor=moe.capacity_factor,
+            expert_buffer_factor=moe.expert_buffer_factor,
+            expert_overlap=moe.expert_overlap,
             backend=moe.backend,
             init_std=config.init_std,
             output_init_std=residual_output_std(config),
@@ -132,11 +170,11 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None = None
     ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
-        """Routes every token and returns the gated sum of its experts' outputs.
+        """Routes every token and returns the gated sum of its experts' outputs, the shared expert's added.
 
         Args:
           x: tokens, any leading axes.
-          mask: False marks padding: not routed, not counted, output zero.
+          mask: False marks padding: not routed, not counted, output zero but for the shared expert's.
 
         Returns:
           The outputs, in compute_dtype, and the sums that auxiliary losses and load metrics are made of.
@@ -146,6 +184,20 @@ class MoE(nnx.Module):
         """
         if x.shape[-1] != self.width:
             raise ConfigError(f"MoE: x has width {x.shape[-1]} but the layer has width={self.width}.")
+        partitioning = partitioning_in_use()
+        if partitioning is None:
+            y, statistics = self._on_one_device(x, mask)
+        else:
+            y, statistics = self._on_mesh(partitioning, x, mask)
+        if self.has_shared_expert:
+            with jax.named_scope("shared_expert"):
+                y = y + self.shared_expert(x)
+        return y, statistics
+
+    def _on_one_device(
+        self, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None
+    ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
+        """The routed part of `__call__`."""
         tokens = x.reshape(-1, x.shape[-1])
         keep = None if mask is None else mask.reshape(-1)
         with jax.named_scope("router"):
@@ -167,6 +219,57 @@ class MoE(nnx.Module):
             )
         return y.reshape(x.shape), statistics
 
+    def _on_mesh(
+        self, partitioning: Partitioning, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None
+    ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
+        """The same with tokens and experts divided among devices. What is returned does not depend on how."""
+        split = expert_parallel.TokenSplit.of(partitioning, x.shape[:-1])
+        if mask is None and split.padding:
+            mask = jnp.ones(x.shape[:-1], bool)
+        axes = expert_parallel.expert_axes(partitioning, self.num_experts)
+        capacity = self.capacity(math.prod(x.shape[:-1]))
+        # Narrow before they are gathered, each device its part.
+        weights = {
+            name: constrain(getattr(self, name)[...].astype(self.compute_dtype), *logical)
+            for name, logical in _WEIGHTS.items()
+        }
+        weight_specs = {name: partitioning.spec(_WEIGHTS[name], weight.shape) for name, weight in weights.items()}
+        router_definition, router_state = nnx.split(self.router)
+
+        def on_device(x, keep, router_state, weights):
+            tokens = x.reshape(-1, self.width)
+            keep = None if keep is None else keep.reshape(-1)
+            with jax.named_scope("router"):
+                routing = nnx.merge(router_definition, router_state)(tokens)
+            with jax.named_scope("plan"):
+                plan = pallas_kernels.make_plan(routing.expert_index, self.num_experts, mask=keep)
+                statistics, dropped = self._statistics(routing, plan, keep), jnp.zeros((), jnp.float32)
+                if capacity is not None:
+                    kept, dropped = expert_parallel.within_capacity(plan, capacity, split, x.shape[0])
+                    plan = pallas_kernels.make_plan(kept, self.num_experts)
+            with jax.named_scope("routed_mlp"):
+                in_parts = expert_parallel.halves if axes and self.expert_overlap else expert_parallel.routed_mlp
+                y, overflowed = in_parts(
+                    tokens.astype(self.compute_dtype),
+                    routing.gate,
+                    plan,
+                    *(expert_parallel.whole_experts(weights[name], weight_specs[name]) for name in _WEIGHTS),
+                    axes=axes,
+                    buffer_factor=self.expert_buffer_factor,
+                    backend=self.backend,
+                )
+            statistics = dataclasses.replace(statistics, dropped=dropped, overflowed=overflowed)
+            return y.reshape(x.shape), jax.lax.psum(statistics, MESH_AXES)
+
+        y, statistics = jax.shard_map(
+            on_device,
+            mesh=partitioning.mesh,
+            in_specs=(split.spec, split.spec, jax.P(), weight_specs),
+            out_specs=(split.spec, jax.P()),
+            check_vma=False,
+        )(split.cut(x), None if mask is None else split.cut(mask), router_state, weights)
+        return split.joined(y), statistics
+
     def _statistics(
         self, routing: Routing, plan: pallas_kernels.Plan, keep: Bool[Array, " T"] | None
     ) -> RouterStatistics:
@@ -183,4 +286,5 @@ class MoE(nnx.Module):
             z_sum=jnp.sum(weight * jnp.square(routing.log_normalizer)),
             token_count=weight.sum(),
             dropped=plan.dropped.astype(jnp.float32),
+            overflowed=jnp.zeros((), jnp.float32),
         )

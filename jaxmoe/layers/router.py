@@ -90,7 +90,7 @@ class Router(nnx.Module):
       width: D.
       num_experts: E.
       experts_per_token: K.
-      score_order, renormalize, router_dtype: as in `jaxmoe.config.MoEConfig`.
+      score_order, renormalize, routed_scaling, router_dtype: as in `jaxmoe.config.MoEConfig`.
       init_std: of the weights.
     """
 
@@ -102,12 +102,14 @@ class Router(nnx.Module):
         experts_per_token: int,
         score_order: str = "topk_then_softmax",
         renormalize: bool = True,
+        routed_scaling: float = 1.0,
         router_dtype: str = "float32",
         init_std: float = 0.02,
         rngs: nnx.Rngs,
     ):
         self.experts_per_token = experts_per_token
         self.kept_softmax = score_order == "topk_then_softmax" or renormalize
+        self.routed_scaling = routed_scaling
         self.router_dtype = router_dtype
         if experts_per_token == 1 and num_experts > 1 and self.kept_softmax:
             warnings.warn(
@@ -116,7 +118,7 @@ class Router(nnx.Module):
                 "renormalize=False to let it learn from the task.",
                 stacklevel=_caller(),
             )
-        self.weight = normal_parameter(rngs, (width, num_experts), init_std)
+        self.weight = normal_parameter(rngs, (width, num_experts), init_std, axes=("width", None))
 
     def __call__(self, x: Float[Array, "T D"]) -> Routing:
         """Scores and chooses. Logits are in router_dtype; softmax and logsumexp of them in float32."""
@@ -130,7 +132,7 @@ class Router(nnx.Module):
         gate = jax.nn.softmax(kept, axis=-1) if self.kept_softmax else jnp.exp(kept - log_normalizer[:, None])
         return Routing(
             expert_index=expert_index,
-            gate=gate.astype(dtype),
+            gate=(gate * self.routed_scaling).astype(dtype),
             probabilities=jnp.exp(logits - log_normalizer[:, None]),
             log_normalizer=log_normalizer,
         )

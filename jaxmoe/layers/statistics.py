@@ -26,6 +26,7 @@ class RouterStatistics:
       z_sum: squared logsumexp of the logits, summed over tokens.
       token_count: tokens routed (padding is not).
       dropped: assignments that a capacity limit dropped.
+      overflowed: assignments that found no room in the receive buffer of expert parallelism, and were not computed.
 
     The statistics of a model carry a leading axis, one entry for each MoE layer, first layer first.
     """
@@ -35,6 +36,7 @@ class RouterStatistics:
     z_sum: Float[Array, "*layers"]
     token_count: Float[Array, "*layers"]
     dropped: Float[Array, "*layers"]
+    overflowed: Float[Array, "*layers"]
 
     def __add__(self, other: RouterStatistics) -> RouterStatistics:
         return jax.tree.map(jnp.add, self, other)
@@ -82,6 +84,7 @@ def load_metrics(statistics: RouterStatistics) -> dict[str, Array]:
 
     Returns:
       dropped_fraction: assignments dropped / assignments made, over all layers.
+      overflow_fraction: assignments that found no room in a receive buffer / assignments made, over all layers.
       dead_experts: experts that no token of the batch chose, counted over all layers.
       load_max_over_mean: load of the busiest expert over the mean load, averaged over layers; 1 is balanced.
       load_cv: standard deviation over mean of the experts' loads, averaged over layers; 0 is balanced.
@@ -92,6 +95,7 @@ def load_metrics(statistics: RouterStatistics) -> dict[str, Array]:
     share = count / jnp.maximum(count.sum(-1, keepdims=True), 1.0)
     return {
         "dropped_fraction": statistics.dropped.sum() / jnp.maximum(count.sum(), 1.0),
+        "overflow_fraction": statistics.overflowed.sum() / jnp.maximum(count.sum(), 1.0),
         "dead_experts": jnp.sum(count == 0).astype(jnp.float32),
         "load_max_over_mean": jnp.mean(num_experts * share.max(-1)),
         "load_cv": jnp.mean(num_experts * share.std(-1)),

@@ -1,8 +1,9 @@
-"""The decoder, its loss, and generation."""
+"""The decoder, its loss, generation, and published configurations by name."""
 
 from jaxmoe.models.decoder import Decoder, DecoderOutput, init_cache
 from jaxmoe.models.generate import dropless, generate
 from jaxmoe.models.loss import language_model_loss, token_nll
+from jaxmoe.models.presets import preset, presets
 
 __all__ = [
     "Decoder",
@@ -11,5 +12,7 @@ __all__ = [
     "generate",
     "init_cache",
     "language_model_loss",
+    "preset",
+    "presets",
     "token_nll",
 ]

@@ -20,6 +20,7 @@ from jaxmoe.layers.moe import MoE
 from jaxmoe.layers.norm import RMSNorm
 from jaxmoe.layers.parameters import residual_output_std
 from jaxmoe.layers.statistics import RouterStatistics
+from jaxmoe.sharding import constrain
 
 Kind = Literal["dense", "moe"]
 
@@ -78,11 +79,11 @@ class Block(nnx.Module):
             layer=layer,
             positions=context.positions,
         )
-        x = x + attended
+        x = constrain(x + attended, "batch", "sequence", None)
         if self.kind == "dense":
-            return x + self.mlp(self.mlp_norm(x)), None, cache
+            return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), None, cache
         routed, statistics = self.mlp(self.mlp_norm(x), context.mask)
-        return x + routed, statistics, cache
+        return constrain(x + routed, "batch", "sequence", None), statistics, cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jaxmoe.layers.parameters import normal_parameter
 from jaxmoe.layers.rope import rope_angles
 from jaxmoe.layers.statistics import RouterStatistics
 from jaxmoe.models.block import TokenContext, build_stacks, repetitions
+from jaxmoe.sharding import constrain
 
 Cache = list[list[KeyValueCache]]
 
@@ -61,7 +62,9 @@ class Decoder(nnx.Module):
         self.stacks = nnx.List(build_stacks(config, rngs=rngs))
         self.final_norm = RMSNorm(config.width, epsilon=config.norm_eps)
         if not config.tie_embeddings:
-            self.output = normal_parameter(rngs, (config.width, config.vocab_size), config.init_std)
+            self.output = normal_parameter(
+                rngs, (config.width, config.vocab_size), config.init_std, axes=("width", "vocabulary")
+            )
 
     def __call__(
         self,
@@ -144,7 +147,7 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B S"], context: TokenContext, cache: Cache | None
     ) -> tuple[Float[Array, "B S D"], RouterStatistics | None, Cache | None]:
         """Embedding and blocks, with or without a cache."""
-        x = self.embedding(tokens)
+        x = constrain(self.embedding(tokens), "batch", "sequence", None)
         routed, written = [], []
         for index, stack in enumerate(self.stacks):
             x, statistics, caches = stack(x, context, None if cache is None else cache[index])

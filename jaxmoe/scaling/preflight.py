@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from etils import epath
 
 from jaxmoe import accounting
+from jaxmoe.accounting import readable_bytes
 from jaxmoe.config import ConfigError, config_hash, to_dict
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
-from jaxmoe.scaling.study import HEADLINE_SLICE, Member, Study
-from jaxmoe.storage import is_remote, read_json
+from jaxmoe.scaling.status import is_done
+from jaxmoe.scaling.study import Member, Study
+from jaxmoe.scaling.study_file import check_same_study, check_writable
+from jaxmoe.sharding import partitioning_of_run
+from jaxmoe.storage import is_remote
 from jaxmoe.training import (
     CHECKPOINT_DIRECTORY,
-    DONE_FILE,
     CheckpointError,
     check_directory,
     check_format,
     check_unused,
 )
 
-logger = logging.getLogger(__name__)
-
-STUDY_FILE = "study.json"
 Resume = Literal["auto", "force"]
 
 
@@ -39,7 +38,7 @@ def preflight(
     resume: Resume = "auto",
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Checks the study, its folder, its data and the disk, without training or building a model.
+    """Checks the study, its mesh, its folder, its data and the disk, without training or building a model.
 
     Args:
       study: checked whole.
@@ -54,11 +53,14 @@ def preflight(
     """
     study.check()
     workdir = epath.Path(workdir)
-    _check_writable(workdir)
+    check_writable(workdir)
     if resume != "force":
-        _check_same_study(workdir, study)
+        check_same_study(workdir, study)
     for member in members:
         check_directory(workdir / member.name, member.config, resume)
+    for member in members:
+        with _naming(member):
+            partitioning_of_run(member.config)
     waiting = [member for member in members if not is_done(workdir / member.name, member)]
     for member in waiting:
         check_unused(workdir / member.name)
@@ -68,46 +70,6 @@ def preflight(
             raise ConfigError(f"member {member.name!r}: {error}") from error
     check_data(waiting, cache_dir)
     _check_space(workdir, waiting)
-
-
-def is_done(directory: epath.Path, member: Member) -> bool:
-    """Whether a member was trained to its end with this very configuration."""
-    done = read_done(directory)
-    return done is not None and done["config_hash"] == config_hash(member.config)
-
-
-def read_done(directory: epath.Path) -> dict[str, Any] | None:
-    """A member's DONE; None, with a warning if it is there but broken, where there is none."""
-    path = directory / DONE_FILE
-    if not path.exists():
-        return None
-    try:
-        done = read_json(path)
-        missing = [key for key in ("config_hash", "step", "loss") if key not in done]
-        if not missing:
-            return done
-        reason = f"it has no {', '.join(missing)}"
-    except (ValueError, TypeError) as error:
-        reason = str(error)
-    logger.warning("%s cannot be used (%s); the member counts as not done, and gets a new one", path, reason)
-    return None
-
-
-def read_study_file(path: epath.Path) -> dict[str, Any]:
-    """The contents of `study.json`.
-
-    Raises:
-      ConfigError: it is broken.
-    """
-    advice = "restore it, or delete it and run the study again: it is written anew, and nothing else is lost."
-    try:
-        contents = read_json(path)
-    except ValueError as error:
-        raise ConfigError(f"{error}; {advice}") from error
-    members = contents.get("members", []) if isinstance(contents, dict) else None
-    if not isinstance(members, list) or not all(isinstance(entry, dict) and "name" in entry for entry in members):
-        raise ConfigError(f"{path} does not describe a study; {advice}")
-    return contents
 
 
 def check_data(members: Sequence[Member], cache_dir: str | os.PathLike | None = None) -> None:
@@ -140,29 +102,6 @@ def _naming(member: Member) -> Iterator[None]:
         raise type(error)(f"member {member.name!r}: {error}") from error
 
 
-def _check_writable(workdir: epath.Path) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"workdir {workdir} is a file; give a folder.")
-    probe = workdir / f".writable.{os.getpid()}"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be written to: {error}.") from error
-
-
-def _check_same_study(workdir: epath.Path, study: Study) -> None:
-    path = workdir / STUDY_FILE
-    if path.exists():
-        name = read_study_file(path).get("name")
-        if name != study.name:
-            raise ConfigError(
-                f"{workdir} belongs to another study: study.name is {name!r} in the folder, {study.name!r} now. "
-                "Take another folder, or give --resume=force to add this one's members to it."
-            )
-
-
 def checkpoint_bytes(member: Member) -> int:
     """Size of one checkpoint: parameters and two moments, float32."""
     memory = accounting.memory_bytes(member.config.model, member.config.train)
@@ -181,8 +120,9 @@ def _check_space(workdir: epath.Path, members: Sequence[Member]) -> None:
     free = shutil.disk_usage(workdir).free
     if needed > free:
         raise ConfigError(
-            f"no space left for the checkpoints of {len(members)} members: about {_size(needed)} are needed in "
-            f"{workdir}, {_size(free)} are free. Free space, take another folder, or lower train.keep_checkpoints."
+            f"no space left for the checkpoints of {len(members)} members: about {readable_bytes(needed)} are needed "
+            f"in {workdir}, {readable_bytes(free)} are free. Free space, take another folder, or lower "
+            "train.keep_checkpoints."
         )
 
 
@@ -192,33 +132,3 @@ def _checkpoints_in(directory: epath.Path) -> int:
     return sum(path.name.isdigit() for path in folder.iterdir()) if folder.exists() else 0
 
 
-def _size(count: int) -> str:
-    value: float = count
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def study_file_contents(study: Study, workdir: epath.Path, command: str | None = None) -> dict[str, Any]:
-    """What `study.json` shall hold: the study, and members of earlier calls whose folders are there.
-
-    So that running one slice after another in a folder adds to it, and nothing that was trained is forgotten.
-    """
-    contents = study.summary()
-    path = workdir / STUDY_FILE
-    earlier = read_study_file(path) if path.exists() else {}
-    own = {member["name"]: member for member in contents["members"]}
-    merged: dict[str, Any] = {}
-    for member in earlier.get("members", ()):
-        if member["name"] in own or (workdir / member["name"]).exists():
-            merged[member["name"]] = member
-    merged.update(own)
-    contents["members"] = list(merged.values())
-    slices = dict.fromkeys(name for member in contents["members"] for name in member["slices"])
-    known = {**earlier.get("slices", {}), **contents["slices"]}
-    contents["slices"] = {name: known.get(name, {}) for name in slices}
-    contents["headline"] = HEADLINE_SLICE if HEADLINE_SLICE in slices else contents["headline"]
-    contents["command"] = command if command is not None else earlier.get("command")
-    return contents

@@ -15,7 +15,7 @@ from etils import epath
 from jaxmoe.config import ConfigError
 from jaxmoe.evaluation.evaluate import MIXTURE
 from jaxmoe.evaluation.records import Record, validate_record
-from jaxmoe.scaling.preflight import STUDY_FILE, read_study_file
+from jaxmoe.scaling.study_file import STUDY_FILE, read_study_file
 from jaxmoe.storage import as_path, read_json
 
 if TYPE_CHECKING:

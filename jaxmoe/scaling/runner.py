@@ -6,6 +6,7 @@ The study's folder is the only state:
     MEMBER/config.json              the member's complete configuration
     MEMBER/metrics.jsonl ...        written by `jaxmoe.training.train`
     MEMBER/records/*.json           what was measured
+    MEMBER/status.json              what it is doing, how far it is, its last error
     MEMBER/DONE                     step, loss and configuration hash of a finished member
 """
 
@@ -19,21 +20,27 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import jax
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, set_aside, write_records
-from jaxmoe.scaling.preflight import STUDY_FILE, Resume, is_done, preflight, read_done, study_file_contents
+from jaxmoe.processes import is_first, of_first, together
+from jaxmoe.scaling.heartbeat import Heartbeat, record_end
+from jaxmoe.scaling.preflight import Resume, preflight
+from jaxmoe.scaling.status import is_done, read_done
 from jaxmoe.scaling.study import Member, Study
+from jaxmoe.scaling.study_file import write_study_file
 from jaxmoe.storage import as_path, is_remote, read_json, write_json
 from jaxmoe.training import (
     DONE_FILE,
     EvaluationContext,
+    LossSpikeError,
+    NonFiniteLossError,
     NoSpaceLeftError,
     ProgressReporter,
     StopRequest,
     TrainingError,
+    Watchdog,
     train,
 )
 
@@ -96,6 +103,7 @@ def run_study(
     strict_restore: bool = False,
     progress: ProgressReporter | None = None,
     command: str | None = None,
+    stop: StopRequest | None = None,
 ) -> StudyResult:
     """Trains and evaluates the members of a study, one after the other. Called again, it goes on.
 
@@ -108,6 +116,7 @@ def run_study(
       strict_restore: a damaged checkpoint ends its member with an error, instead of being set aside.
       progress: to report to; None makes one that writes to stderr.
       command: how a person would start this, for `study.json`.
+      stop: asks to stop; None: SIGTERM and SIGINT do, while this call lasts.
 
     Returns:
       How each member ended. A member that fails does not keep the others from being trained; a full disk does.
@@ -118,8 +127,13 @@ def run_study(
     """
     workdir = as_path(workdir)
     members = study.members if only is None else (study.member(only),)
-    with StopRequest() as stop:
-        return _run_members(study, members, workdir, resume, strict_restore, progress, command, stop)
+    with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
+        try:
+            return _run_members(study, members, workdir, resume, strict_restore, progress, command, stop)
+        except ConfigError as error:
+            if only is not None and is_first() and workdir.is_dir():
+                record_end(workdir / only, "failed", str(error))
+            raise
 
 
 def _run_members(
@@ -134,15 +148,16 @@ def _run_members(
 ) -> StudyResult:
     """`run_study` until a stop is requested."""
     cache_dir = None if is_remote(workdir) else os.fspath(workdir / CACHE_DIRECTORY)
-    preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
-    write_json(workdir / STUDY_FILE, study_file_contents(study, workdir, command))
+    with together():
+        if is_first():  # the others find what it has tokenized
+            preflight(study, members, workdir, resume=resume, cache_dir=cache_dir)
+            write_study_file(study, workdir, command, for_one_member=len(members) < len(study.members))
     results: list[MemberResult] = []
-    if jax.device_count() > 1:
-        logger.warning("%d devices are here, and a run uses one of them: %s", jax.device_count(), jax.devices()[0])
     with _reporting(progress) as progress:
         finished = sum(member.config.train.steps for member in members if is_done(workdir / member.name, member))
         progress.study(sum(member.config.train.steps for member in members), finished)
         for member in members:
+            stop.agree()
             if stop.requested is not None and not is_done(workdir / member.name, member):
                 logger.info("stopped by %s before %s; run again to go on", stop.requested, member.name)
                 break
@@ -185,7 +200,7 @@ def run_member(
     """
     directory = epath.Path(study_dir) / member.name
     done = read_done(directory)
-    if done is not None and done["config_hash"] == config_hash(member.config):
+    if of_first(done is not None and done["config_hash"] == config_hash(member.config)):
         return MemberResult(member.name, "skipped", done["step"], done["loss"])
     labels = {
         "study": epath.Path(study_dir).name if study_name is None else study_name,
@@ -200,9 +215,10 @@ def run_member(
             logger.info("%s: %d records of an earlier configuration are in earlier_records now", member.name, moved)
 
     def evaluate(context: EvaluationContext) -> dict[str, float | None]:
-        set_aside_once()
         records = evaluate_all(context, labels)
-        write_records(directory, records)
+        if is_first():
+            set_aside_once()
+            write_records(directory, records)
         return named_numbers(records)
 
     result = train(
@@ -211,12 +227,14 @@ def run_member(
     )  # fmt: skip
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
-    if not _has_records(directory, member.config):
+    if not of_first(_has_records(directory, member.config)):
         if stop is not None and stop.requested is not None:
             return MemberResult(member.name, "resumable", result.step, result.loss)
         context = checkpoint_context(member.config, directory, cache_dir=cache_dir)
         if context is not None:
-            evaluate(context)
+            limit = member.config.train.watchdog_minutes
+            with Watchdog(directory, limit) as watchdog, watchdog.patient(f"evaluating step {result.step}"):
+                evaluate(context)
     done = {
         "member": member.name,
         "step": result.step,
@@ -224,11 +242,30 @@ def run_member(
         "config_hash": config_hash(member.config),
         **({} if result.resumed is None else result.resumed.fields()),
     }
-    write_json(directory / DONE_FILE, done)
+    if is_first():
+        write_json(directory / DONE_FILE, done)
     return MemberResult(member.name, "done", result.step, result.loss)
 
 
 def _attempt(
+    member: Member,
+    workdir: epath.Path,
+    study_name: str,
+    resume: Resume,
+    strict_restore: bool,
+    progress: ProgressReporter,
+    cache_dir: str | None,
+    stop: StopRequest,
+) -> MemberResult:
+    """`run_member`, with what goes wrong as a result, and with signs of life in the member's folder."""
+    writes = is_first() and not is_done(workdir / member.name, member)
+    with Heartbeat(workdir / member.name, progress, write=writes) as heartbeat:
+        result = _outcome(member, workdir, study_name, resume, strict_restore, progress, cache_dir, stop)
+        heartbeat.ended("preempted" if result.status == "resumable" else result.status, result.error)
+    return result
+
+
+def _outcome(
     member: Member,
     workdir: epath.Path,
     study_name: str,
@@ -244,10 +281,14 @@ def _attempt(
             member, workdir, study_name=study_name, resume=resume, strict_restore=strict_restore, progress=progress,
             cache_dir=cache_dir, stop=stop,
         )  # fmt: skip
-    except (ConfigError, TrainingError) as error:
-        fatal = isinstance(error, NoSpaceLeftError)
-        return MemberResult(member.name, "failed", error=str(error), fatal=fatal)
+    except (ConfigError, NonFiniteLossError, LossSpikeError) as error:
+        return MemberResult(member.name, "failed", error=str(error))
     except Exception as error:
+        if not alone():
+            raise  # the other processes are in the midst of a step, or of a checkpoint, and end with this one
+        if isinstance(error, TrainingError):
+            fatal = isinstance(error, NoSpaceLeftError)
+            return MemberResult(member.name, "failed", error=str(error), fatal=fatal)
         logger.exception("%s failed", member.name)
         return MemberResult(member.name, "failed", error=f"{type(error).__name__}: {error}")
 
@@ -265,5 +306,5 @@ def _reporting(progress: ProgressReporter | None) -> Iterator[ProgressReporter]:
     if progress is not None:
         yield progress
         return
-    with ProgressReporter() as own:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, ProgressReporter(None if is_first() else nowhere) as own:
         yield own

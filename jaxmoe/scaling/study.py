@@ -9,16 +9,16 @@ from typing import Any
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash, from_dict, nearest
 from jaxmoe.scaling.matching import check_study
-from jaxmoe.scaling.quantities import QUANTITIES, experts_per_token, num_experts, quantity
+from jaxmoe.scaling.quantities import QUANTITIES, experts_per_token, num_experts
 
 DEFAULT_SLICE = "main"
 HEADLINE_SLICE = "headline"
 _PUBLISHED = (
     "total_parameters", "active_parameters", "flops_per_token", "tokens", "tokens_per_parameter", "sparsity",
 )  # fmt: skip
-SECTIONS = ("model", "data", "train", "evaluation")
+SECTIONS = ("model", "data", "train", "evaluation", "mesh")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_RESERVED_NAMES = ("report", "cache", "study.json")
+_RESERVED_NAMES = ("report", "cache", "logs", "study.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class Member:
         from jaxmoe import accounting
 
         model, train = self.config.model, self.config.train
-        memory = accounting.memory_bytes(model, train)
+        memory, count = accounting.memory_bytes(model, train), accounting.parameter_count(model)
+        one_sequence = dataclasses.replace(train, batch_size=1, gradient_accumulation=1)
         return {
             "name": self.name,
             **{name: QUANTITIES[name](self.config) for name in _PUBLISHED},
@@ -66,6 +67,11 @@ class Member:
             "matmul_flops_per_token": QUANTITIES["matmul_flops_per_token"](self.config),
             "training_flops": QUANTITIES["training_flops"](self.config),
             "approximate_training_flops": QUANTITIES["approximate_training_flops"](self.config),
+            "components": dict(count.components),
+            "active_components": dict(count.active_components),
+            "weights_bytes": memory.weights,
+            "optimizer_bytes": memory.optimizer,
+            "activation_bytes_per_sequence": accounting.memory_bytes(model, one_sequence).activations,
             "state_bytes": int(memory.weights + memory.optimizer),
             "memory_bytes": int(memory.total),
             "config_hash": config_hash(self.config),
@@ -104,10 +110,10 @@ class Study:
 
         Args:
           config: an `ml_collections.ConfigDict` or nested mappings, with `study` (name, title, held_fixed, varies,
-            notes, and `slices` for `slice_notes`), `seeds`, the sections `model`, `data`, `train`, `evaluation`, and
-            `members`: by arm, each with `slices`, `seeds` and values that replace those of the sections, merged key
-            by key. Members keep their order; a ConfigDict has none, so its are taken headline first, then by name
-            with numbers counted.
+            notes, and `slices` for `slice_notes`), `seeds`, the sections `model`, `data`, `train`, `evaluation`,
+            `mesh`, and `members`: by arm, each with `slices`, `seeds` and values that replace those of the sections,
+            merged key by key, and with `name` where the arm's is not its key (a key has no dots). Members keep their
+            order; a ConfigDict has none, so its are taken headline first, then by name with numbers counted.
 
         Raises:
           ConfigError: an unknown key (the nearest known one is given) or a value that is refused; the message starts
@@ -126,13 +132,13 @@ class Study:
             raise ConfigError("members is empty; name at least one, for example members.base = {}.")
         default_seeds = _seeds(values.get("seeds", (0,)), "seeds")
 
-        entries = [(arm, *_entry(arm, override, default_seeds)) for arm, override in arms.items()]
-        single = len({seed for _, seeds, *_ in entries for seed in seeds}) == 1
+        entries = [(key, *_entry(key, override, default_seeds)) for key, override in arms.items()]
+        single = len({seed for _, _, seeds, *_ in entries for seed in seeds}) == 1
         members = []
-        for arm, seeds, slices, override in entries:
+        for key, arm, seeds, slices, override in entries:
             for seed in seeds:
                 member_name = arm if single else f"{arm}-seed{seed}"
-                run = _resolve(base, override, arm=arm, name=member_name, seed=seed)
+                run = _resolve(base, override, key=key, name=member_name, seed=seed)
                 members.append(Member(name=member_name, arm=arm, slices=slices, seed=seed, config=run))
         return cls(
             name=name,
@@ -175,14 +181,15 @@ class Study:
         return dataclasses.replace(self, members=self.members_of(slice_name), selected=slice_name)
 
     def member(self, name: str) -> Member:
-        """The member of that name.
+        """The member of that name, or the only one whose name goes on after it with a hyphen.
 
         Raises:
           ConfigError: none; the message gives the nearest.
         """
-        for member in self.members:
-            if member.name == name:
-                return member
+        exact = [member for member in self.members if member.name == name]
+        found = exact or [member for member in self.members if member.name.startswith(f"{name}-")]
+        if len(found) == 1:
+            return found[0]
         raise ConfigError(f"unknown member {name!r}.{nearest(name, [member.name for member in self.members])}")
 
     def check(self) -> None:
@@ -208,41 +215,10 @@ class Study:
         }
 
     def describe(self) -> str:
-        """The study as a table for people: what is held fixed, what varies, every member."""
-        lines = [self.title, ""]
-        for name, tolerance in self.held_fixed.items():
-            values = {quantity(name, member.config) for member in self.members}
-            span = _number(min(values)) if len(values) == 1 else f"{_number(min(values))} to {_number(max(values))}"
-            within = "exactly" if tolerance == 0 else f"within {100 * tolerance:g} %"
-            lines.append(f"held fixed: {name} ({within}): {span}")
-        for name in self.varies:
-            values = [quantity(name, member.config) for member in self.members_of(self.headline)]
-            lines.append(f"varies:     {name}: {', '.join(map(_number, dict.fromkeys(values)))}")
-        columns = ("member", "slices", "E", "K", "total", "active", "tokens", "tokens/param", "learning rate", "seed")
-        rows = [columns]
-        for member in self.members:
-            numbers = member.summary()
-            rows.append((
-                member.name, "+".join(member.slices), str(numbers["num_experts"]), str(numbers["experts_per_token"]),
-                _number(numbers["total_parameters"]), _number(numbers["active_parameters"]),
-                _number(numbers["tokens"]), f"{numbers['tokens_per_parameter']:.1f}",
-                f"{numbers['learning_rate']:g}", str(member.seed),
-            ))  # fmt: skip
-        widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-        lines.append("")
-        for row in rows:
-            cells = [
-                cell.ljust(width) if index < 2 else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(row, widths))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        """The study as tables for people: what is held fixed, what varies, and every member in numbers."""
+        from jaxmoe.scaling.description import describe
 
-
-def _number(value: Any) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return describe(self)
 
 
 # ------------------------------------------------------------------------------------------- resolving
@@ -285,10 +261,10 @@ def _merge(base: Any, override: Any) -> Any:
     return merged
 
 
-def _resolve(base: Mapping[str, Any], override: Mapping[str, Any], *, arm: str, name: str, seed: int) -> RunConfig:
+def _resolve(base: Mapping[str, Any], override: Mapping[str, Any], *, key: str, name: str, seed: int) -> RunConfig:
     """The complete configuration of one member; an error is located in the member only if it arises there."""
     identity = {"name": name, "seed": seed}
-    path = f"members.{arm}"
+    path = f"members.{key}"
     try:
         return from_dict(RunConfig, {**_merge(base, override), **identity}, path)
     except ConfigError as error:
@@ -300,17 +276,20 @@ def _resolve(base: Mapping[str, Any], override: Mapping[str, Any], *, arm: str, 
         raise
 
 
-def _entry(arm: str, override: Any, seeds: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[str, ...], dict[str, Any]]:
-    """Seeds, slices and overrides of one arm."""
-    path = f"members.{_identifier(arm, 'members')}"
+def _entry(
+    key: str, override: Any, seeds: tuple[int, ...]
+) -> tuple[str, tuple[int, ...], tuple[str, ...], dict[str, Any]]:
+    """Name, seeds, slices and overrides of one arm."""
+    path = f"members.{_identifier(key, 'members')}"
     override = dict(_mapping(override, path))
-    _only_known(override, ("slices", "seeds", *SECTIONS), f"{path}.")
+    _only_known(override, ("name", "slices", "seeds", *SECTIONS), f"{path}.")
+    arm = _identifier(override.pop("name", key), f"{path}.name")
     if "seeds" in override:
         seeds = _seeds(override.pop("seeds"), f"{path}.seeds")
     slices = _strings(override.pop("slices", (DEFAULT_SLICE,)), f"{path}.slices")
     if not slices:
         raise ConfigError(f"{path}.slices is empty; name at least one slice, or leave it out.")
-    return seeds, tuple(dict.fromkeys(slices)), override
+    return arm, seeds, tuple(dict.fromkeys(slices)), override
 
 
 def _only_known(values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:

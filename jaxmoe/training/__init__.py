@@ -1,16 +1,18 @@
 """Training: optimizer, step, loop, checkpoints, logs."""
 
+from jaxmoe.exclusive import check_unused
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints, Storage, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import (
+    BufferOverflowError,
     CheckpointError,
     EvaluationStopped,
+    LossSpikeError,
     NonFiniteLossError,
     NoSpaceLeftError,
     TrainingError,
 )
-from jaxmoe.training.exclusive import check_unused
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY, TrainResult, train
 from jaxmoe.training.metrics import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.training.optimizer import decay_mask, make_optimizer
@@ -18,8 +20,10 @@ from jaxmoe.training.policies import Retention
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.signals import StopRequest
+from jaxmoe.training.start import read_parameters, state_with_parameters, write_start
 from jaxmoe.training.state import TrainState, abstract_state, init_state
 from jaxmoe.training.step import make_train_step
+from jaxmoe.training.watchdog import Watchdog
 from jaxmoe.training.workdir import CONFIG_FILE, DONE_FILE, check_directory, claim_directory
 
 __all__ = [
@@ -28,10 +32,12 @@ __all__ = [
     "DONE_FILE",
     "METRICS_FILE",
     "THROUGHPUT_FILE",
+    "BufferOverflowError",
     "CheckpointError",
     "Checkpoints",
     "EvaluationContext",
     "EvaluationStopped",
+    "LossSpikeError",
     "NoSpaceLeftError",
     "NonFiniteLossError",
     "ProgressReporter",
@@ -42,6 +48,7 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "TrainingError",
+    "Watchdog",
     "abstract_state",
     "averaging_window",
     "check_directory",
@@ -54,6 +61,9 @@ __all__ = [
     "learning_rate_schedule",
     "make_optimizer",
     "make_train_step",
+    "read_parameters",
     "reuse_freed_memory",
+    "state_with_parameters",
     "train",
+    "write_start",
 ]

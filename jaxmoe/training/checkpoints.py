@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from jaxmoe.config import TrainConfig
+from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.storage import is_remote, read_json
 from jaxmoe.storage_faults import first_line, is_no_space
 from jaxmoe.training.errors import CheckpointError, no_space_left
@@ -37,6 +38,7 @@ FORMAT_VERSION = 2
 UNREADABLE_DIRECTORY = "unreadable_checkpoints"
 
 _SMALLEST_LIMIT = 64 * 2**20
+_DATA_FILE_BYTES = 64 * 2**20  # of OCDBT, which holds a data file in memory until it is complete
 
 
 class _UnreadableError(Exception):
@@ -237,15 +239,23 @@ class Checkpoints:
         ocp = self._ocp
         if self._manager is not None:
             self._manager.close()
+        # Among some of the processes, even if it is all, Orbax agrees through JAX's coordination service; else through
+        # the devices, which cannot be in a thread beside the training.
+        several = {} if alone() else {"active_processes": set(range(jax.process_count()))}
+        processes = ocp.options.MultiprocessingOptions(**several)
         arrays = ocp.handlers.PyTreeCheckpointHandler(
+            save_concurrent_gb=limit / 1e9,
             save_device_host_concurrent_gb=limit / 1e9,
             restore_concurrent_gb=limit / 1e9,
             use_ocdbt=self._storage.ocdbt,
             use_zarr3=self._storage.zarr3,
             use_compression=False,  # parameters and moments do not shrink
+            multiprocessing_options=processes,
         )
         retention = self._retention
         options = ocp.CheckpointManagerOptions(
+            create=False,
+            multiprocessing_options=processes,
             preservation_policy=None if retention is None else retention.policy(),
             best_fn=quality_of if retention is not None and retention.best else None,  # has the metrics written
             cleanup_tmp_directories=retention is not None,
@@ -254,7 +264,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=options,
-            item_handlers={"state": arrays, "metadata": ocp.handlers.JsonCheckpointHandler()},
+            item_handlers={
+                "state": arrays, "metadata": ocp.handlers.JsonCheckpointHandler(multiprocessing_options=processes),
+            },
         )
         self._limit = limit
 
@@ -271,7 +283,11 @@ class Checkpoints:
         self._manager.save(
             step,
             args=args.Composite(
-                state=args.PyTreeSave(nested(arrays), save_args=nested(dict.fromkeys(arrays, chunked))),
+                state=args.PyTreeSave(
+                    nested(arrays),
+                    save_args=nested(dict.fromkeys(arrays, chunked)),
+                    ocdbt_target_data_file_size=max(_DATA_FILE_BYTES, self._storage.chunk_bytes),
+                ),
                 metadata=args.JsonSave({**about, "checksum": _checksum(about)}),
             ),
             metrics={"quality": quality},
@@ -303,7 +319,8 @@ class Checkpoints:
             if about["arrays"][name]["fingerprint"] != int(fingerprint):
                 raise _UnreadableError(f"array {name} differs from what was written")
         for name, array in wanted.items():
-            arrays[name] = resharded(arrays[name].astype(array.dtype), array.sharding)
+            found = arrays[name]
+            arrays[name] = resharded(found if found.dtype == array.dtype else found.astype(array.dtype), array.sharding)
         return Restored(step=step, state=rebuilt(arrays, like), metadata=about)
 
     def _check_structure(
@@ -341,10 +358,12 @@ class Checkpoints:
         # Also because in an object store a folder is there only if something is in it.
         (aside / "README.txt").write_text("Checkpoints that could not be read. Nothing needs them any more.\n")
         name, number = str(step), 1
-        while (aside / name).exists():
+        while of_first((aside / name).exists()):
             number += 1
             name = f"{step}-{number}"
-        (self.directory / str(step)).rename(aside / name)
+        with together():
+            if is_first():
+                (self.directory / str(step)).rename(aside / name)
         self._manager.reload()
         self._saver.last_step = max(self._manager.all_steps(), default=None)
         return aside / name

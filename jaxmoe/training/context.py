@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from jaxmoe.config import RunConfig, TrainConfig
 from jaxmoe.data import Mixture, Tokenizer, content_changes
+from jaxmoe.sharding import Partitioning
 from jaxmoe.training.errors import EvaluationStopped
 from jaxmoe.training.metrics import plain_number
 from jaxmoe.training.signals import StopRequest
@@ -86,6 +87,7 @@ class EvaluationContext:
       skipped_steps: steps so far, from the first on, whose loss or gradient was not finite.
       resumed: that the run was forced to go on with another configuration or other data; None if it never was.
       stop: by which the run may be asked to stop; None after training.
+      partitioning: of the parameters; None on one device.
     """
 
     run: RunConfig
@@ -103,6 +105,7 @@ class EvaluationContext:
     skipped_steps: int
     resumed: Resumed | None = None
     stop: StopRequest | None = None
+    partitioning: Partitioning | None = None
 
     def check_stop(self) -> None:
         """Between two parts of an evaluation: ends it if the run was asked to stop.
@@ -110,7 +113,10 @@ class EvaluationContext:
         Raises:
           EvaluationStopped: it was; to be let through to the loop, which evaluates this step anew later.
         """
-        if self.stop is not None and self.stop.requested is not None:
+        if self.stop is None:
+            return
+        self.stop.agree()
+        if self.stop.requested is not None:
             raise EvaluationStopped
 
     def model(self) -> nnx.Module:
@@ -126,6 +132,7 @@ def evaluation_context(
     mixture: Mixture,
     resumed: Resumed | None = None,
     stop: StopRequest | None = None,
+    partitioning: Partitioning | None = None,
 ) -> EvaluationContext:
     """The context of a state, in the loop or read from a checkpoint.
 
@@ -137,6 +144,7 @@ def evaluation_context(
       mixture: of the run.
       resumed: from another configuration or with other data, if it was.
       stop: by which the run may be asked to stop.
+      partitioning: of the state.
     """
     step, skipped, recent = jax.device_get((state.step, state.skipped, state.recent))
     counts = recent.expert_count
@@ -156,6 +164,7 @@ def evaluation_context(
         skipped_steps=int(skipped),
         resumed=resumed,
         stop=stop,
+        partitioning=partitioning,
     )
 
 

@@ -22,6 +22,14 @@ class NonFiniteLossError(TrainingError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+class BufferOverflowError(TrainingError):
+    """Rows found no room in a receive buffer of expert parallelism, and the run was not to bear it."""
+
+
+class LossSpikeError(TrainingError):
+    """The loss of a step stands out from those before it, and the configuration asks to stop there."""
+
+
 class EvaluationStopped(Exception):
     """A run was asked to stop during an evaluation; it saves, and evaluates that step anew when it goes on."""
 

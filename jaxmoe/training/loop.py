@@ -9,26 +9,29 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
-import numpy as np
 from etils import epath
 
 from jaxmoe.accounting import flops_per_token
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.data import Mixture
+from jaxmoe.exclusive import exclusive
+from jaxmoe.processes import is_first, together
+from jaxmoe.sharding import Partitioning, partitioning_of_run, rows_here
 from jaxmoe.training.allocator import reuse_freed_memory
+from jaxmoe.training.bad_steps import is_bad, judge_bad_step
 from jaxmoe.training.checkpoints import Checkpoints, Storage
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
-from jaxmoe.training.errors import EvaluationStopped, NonFiniteLossError, explain_no_space
-from jaxmoe.training.exclusive import exclusive
-from jaxmoe.training.metrics import MetricsLog, Throughput, plain_number
+from jaxmoe.training.errors import EvaluationStopped, TrainingError, explain_no_space
+from jaxmoe.training.metrics import MetricsLog, NoLog, Throughput, plain_number
 from jaxmoe.training.policies import Retention, SaveSchedule, quality
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
 from jaxmoe.training.state import abstract_state, init_state
-from jaxmoe.training.step import Metrics, make_train_step
+from jaxmoe.training.step import Metrics, make_train_step, parameter_norm, place_batch
+from jaxmoe.training.watchdog import Watchdog
 from jaxmoe.training.workdir import Resume, check_contents, check_directory, claim_directory, training_hash
 
 logger = logging.getLogger(__name__)
@@ -92,23 +95,33 @@ def train(
     Raises:
       ConfigError: the configuration cannot be run, or not in this directory, or not with the data as they are now;
         another process is training in the directory.
-      TrainingError: storage that stays full or away, no readable checkpoint, or too many non-finite steps in a row.
+      TrainingError: storage that stays full or away, no readable checkpoint, too many non-finite steps in a row, or a
+        loss spike if the configuration stops at one.
+
+    Where nothing moves for `run.train.watchdog_minutes`, the process ends; see `jaxmoe.training.watchdog`.
     """
     directory = epath.Path(directory)
-    if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} JAX processes are connected; a run is trained by one.")
-    check_directory(directory, run, resume)
-    mixture = Mixture.of_run(run, cache_dir=cache_dir)
+    with together():
+        partitioning = partitioning_of_run(run)
+        check_directory(directory, run, resume)
+        rows = None if partitioning is None else rows_here(partitioning, run.train.batch_size)
+        mixture = Mixture.of_run(run, rows=rows, cache_dir=cache_dir)
     with contextlib.ExitStack() as stack:
         if jax.default_backend() == "cpu":
             stack.enter_context(reuse_freed_memory())
         if stop is None:
             stop = stack.enter_context(StopRequest())
-        stack.enter_context(exclusive(directory))
+        with together():
+            if is_first():
+                stack.enter_context(exclusive(directory))
+        watchdog = stack.enter_context(Watchdog(directory, run.train.watchdog_minutes))
         retention, storage = Retention.of(run.train), Storage.of(run.train)
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, retention, storage))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))
-        loop = _Loop(run, directory, mixture, checkpoints, resume, strict_restore, stop, on_evaluate, progress)
+        loop = _Loop(
+            run, directory, mixture, partitioning, checkpoints, resume, strict_restore, stop, watchdog, on_evaluate,
+            progress,
+        )  # fmt: skip
         return loop.run_to_end()
 
 
@@ -118,7 +131,7 @@ class _InFlight:
 
     step: int
     metrics: Metrics
-    tokens: int
+    stop: jax.Array | None
 
 
 class _Loop:
@@ -129,37 +142,44 @@ class _Loop:
         run: RunConfig,
         directory: epath.Path,
         mixture: Mixture,
+        partitioning: Partitioning | None,
         checkpoints: Checkpoints,
         resume: Resume,
         strict_restore: bool,
         stop: StopRequest,
+        watchdog: Watchdog,
         on_evaluate: Evaluator | None,
         progress: ProgressReporter | None,
     ):
         self._run, self._directory, self._mixture = run, directory, mixture
-        self._checkpoints, self._stop, self._on_evaluate, self._progress = checkpoints, stop, on_evaluate, progress
+        self._checkpoints, self._stop, self._watchdog = checkpoints, stop, watchdog
+        self._on_evaluate, self._progress = on_evaluate, progress
         self._source_names, self._contents = mixture.source_names, mixture.contents()
+        self._partitioning = partitioning
         self._step, self._loss, self._resumed, self._quality, evaluated = 0, None, None, None, True
-        self._graphdef, like = abstract_state(run)
+        self._graphdef, like = abstract_state(run, partitioning)
         restored = checkpoints.restore(like, strict=strict_restore)
         if restored is None:
-            _, self._state = init_state(run)
+            _, self._state = init_state(run, partitioning)
         else:
             self._state, self._step = restored.state, restored.step
             self._loss, evaluated = restored.metadata["loss"], restored.metadata["evaluated"]
-            self._check_resumable()
-            check_directory(directory, run, resume, step=self._step)
             found = restored.metadata["data"].get("contents")
-            check_contents(directory, run, found, self._contents, self._step, resume)
+            with together():
+                self._check_resumable()
+                check_directory(directory, run, resume, step=self._step)
+                check_contents(directory, run, found, self._contents, self._step, resume)
             self._resumed = Resumed.of_checkpoint(run, self._step, restored.metadata, mixture)
         if self._resumed is not None:
             logger.warning("%s: %s", run.name, self._resumed)
-        claim_directory(directory, run)
+        if is_first():
+            claim_directory(directory, run)
+        self._stop.agree()
         self._evaluation_due = not evaluated
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         flops = flops_per_token(run.model, run.train.sequence_length).training
         self._throughput = Throughput(flops, run.train.batch_size * run.train.sequence_length)
-        self._log = MetricsLog(directory, self._step, self._source_names)
+        self._log = MetricsLog(directory, self._step, self._source_names) if is_first() else NoLog()
 
     def run_to_end(self) -> TrainResult:
         """Trains, evaluates and saves until the run is done or a signal asks to stop."""
@@ -171,7 +191,8 @@ class _Loop:
                 self._evaluate()
             if self._step < train.steps:
                 self._train_on()
-            self._checkpoints.wait()
+            with self._watchdog.patient("finishing the last checkpoint"):
+                self._checkpoints.wait()
         finally:
             self._log.close()
         status = "done" if self._step == train.steps and not self._evaluation_due else "resumable"
@@ -182,7 +203,7 @@ class _Loop:
 
     def _train_on(self) -> None:
         run, steps = self._run, self._run.train.steps
-        train_step = make_train_step(run.model, run.train, len(self._source_names))
+        train_step = make_train_step(run.model, run.train, len(self._source_names), self._partitioning)
         evaluations = frozenset(run.evaluation.steps_of(steps))
         window = averaging_window(run.train, len(evaluations))
         window_starts = {step - window for step in evaluations}
@@ -190,12 +211,14 @@ class _Loop:
         batches = self._mixture.iterator(self._step)
         try:
             while self._step < steps and self._stop.requested is None:
-                batch = next(batches)
+                batch = place_batch(next(batches), self._partitioning, run.train.batch_size)
                 if self._step in window_starts:
                     self._state = dataclasses.replace(self._state, recent=self._state.recent.cleared())
                 self._state, metrics = train_step(self._state, batch)
                 self._step += 1
-                self._in_flight.append(_InFlight(self._step, metrics, int(np.count_nonzero(batch["segment_ids"]))))
+                if self._is_logged(self._step):
+                    metrics = metrics | {"param_norm": parameter_norm(self._state.params)}
+                self._in_flight.append(_InFlight(self._step, metrics, self._stop.ask()))
                 self._observe(_STEPS_IN_FLIGHT)
                 self._checkpoints.raise_if_failed()
                 self._evaluation_due, self._quality = self._step in evaluations, None
@@ -206,47 +229,45 @@ class _Loop:
         finally:
             batches.close()
 
+    def _is_logged(self, step: int) -> bool:
+        return step % self._run.train.log_every == 0 or step == self._run.train.steps
+
     def _observe(self, leave: int) -> None:
         """Looks at the numbers of the oldest steps in flight until `leave` are left, waiting for them."""
         while len(self._in_flight) > leave:
             oldest = self._in_flight.popleft()
-            skipped_in_a_row = int(oldest.metrics["skipped_in_a_row"])
-            self._throughput.observe(time.perf_counter(), oldest.tokens)
-            if skipped_in_a_row:
-                self._report_skipped(oldest, skipped_in_a_row)
+            jax.block_until_ready(oldest.metrics)
+            self._watchdog.step(oldest.step)
+            self._throughput.observe(time.perf_counter(), int(oldest.metrics["tokens"]))
+            self._stop.learn(oldest.stop)
+            bad = is_bad(oldest.metrics)
+            failure = judge_bad_step(self._run, oldest.step, oldest.metrics) if bad else None
             self._loss = plain_number(oldest.metrics["loss"])
             if self._progress is not None:
                 self._progress.advance(oldest.step, self._loss, self._throughput.tokens_per_second)
-            if oldest.step % self._run.train.log_every == 0 or oldest.step == self._run.train.steps:
+            if bad or self._is_logged(oldest.step):
                 self._log.write(oldest.step, jax.device_get(oldest.metrics), self._throughput.line(oldest.step))
-            if skipped_in_a_row >= self._run.train.max_nonfinite_steps:
-                self._fail_nonfinite(oldest.step, skipped_in_a_row)
+            if failure is not None:
+                self._fail(failure)
 
-    def _report_skipped(self, bad: _InFlight, in_a_row: int) -> None:
-        logger.warning(
-            "%s: step %d is skipped (loss %s, gradient norm %s; %d in a row)",
-            self._run.name, bad.step, float(bad.metrics["loss"]), float(bad.metrics["grad_norm"]), in_a_row,
-        )  # fmt: skip
-
-    def _fail_nonfinite(self, step: int, in_a_row: int) -> None:
+    def _fail(self, failure: Callable[[str], TrainingError]) -> NoReturn:
+        """Ends the run with an error that names the last good checkpoint."""
         self._checkpoints.wait()
         last = self._checkpoints.last_step
-        raise NonFiniteLossError(
-            f"the loss or the gradient was not finite in {in_a_row} steps in a row, "
-            f"{step - in_a_row + 1} to {step}. The last good step is {step - in_a_row}; "
-            + ("there is no checkpoint yet" if last is None else f"the last checkpoint is of step {last}")
-            + f" in {self._checkpoints.directory}. Lower train.learning_rate or train.clip_norm, or look at the data."
-        )
+        which = "There is no checkpoint yet" if last is None else f"The last good checkpoint is of step {last}"
+        raise failure(f"{which} in {self._checkpoints.directory}.")
 
     def _evaluate(self) -> None:
         """Calls the evaluator with the state after the step just done, which may end early to stop the run."""
         self._settle()
         if self._on_evaluate is not None:
             context = evaluation_context(
-                self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed, self._stop
-            )
+                self._run, self._directory, self._graphdef, self._state, self._mixture, self._resumed, self._stop,
+                self._partitioning,
+            )  # fmt: skip
             try:
-                measured = self._on_evaluate(context)
+                with self._watchdog.patient(f"evaluating step {self._step}"):
+                    measured = self._on_evaluate(context)
             except EvaluationStopped:
                 return  # it stays due
             self._quality = quality(self._run.train, context.training_loss, measured)
@@ -257,22 +278,18 @@ class _Loop:
         self._settle()
         rows = self._step * self._run.train.batch_size
         accounts = self._mixture.accounting(self._step).values()
-        self._checkpoints.save(
-            self._step,
-            self._state,
-            {
-                "name": self._run.name,
-                "config_hash": config_hash(self._run),
-                "training_hash": training_hash(self._run),
-                "resumed": None if self._resumed is None else dataclasses.asdict(self._resumed),
-                "loss": self._loss,
-                "evaluated": not self._evaluation_due,
-                "data": {"iterator": data, "step": self._step, "rows": rows, "contents": self._contents},
-                "sources": {account.name: {"rows": account.rows, "tokens": account.tokens} for account in accounts},
-            },
-            quality=self._quality,
-            first=self._log.flush,
-        )
+        metadata = {
+            "name": self._run.name,
+            "config_hash": config_hash(self._run),
+            "training_hash": training_hash(self._run),
+            "resumed": None if self._resumed is None else dataclasses.asdict(self._resumed),
+            "loss": self._loss,
+            "evaluated": not self._evaluation_due,
+            "data": {"iterator": data, "step": self._step, "rows": rows, "contents": self._contents},
+            "sources": {account.name: {"rows": account.rows, "tokens": account.tokens} for account in accounts},
+        }
+        with self._watchdog.patient(f"saving step {self._step}"):
+            self._checkpoints.save(self._step, self._state, metadata, quality=self._quality, first=self._log.flush)
 
     def _settle(self) -> None:
         """Waits for every step in flight."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxmoe.run_files import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.storage import is_remote, write_text
 from jaxmoe.storage_faults import first_line, is_storage_fault
 from jaxmoe.training.appending import AppendedFile
@@ -20,15 +21,13 @@ from jaxmoe.training.tensorboard import EventFile
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-THROUGHPUT_FILE = "throughput.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
 _ORDER = (
     "loss", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
-    "dropped_fraction", "load_max_over_mean", "load_cv",
+    "dropped_fraction", "overflow_fraction", "load_max_over_mean", "load_cv",
 )  # fmt: skip
-_COUNTS = ("dead_experts", "tokens", "skipped")
+_COUNTS = ("dead_experts", "tokens", "skipped", "spikes")
 
 
 def plain_number(value: Any) -> float | int | None:
@@ -46,12 +45,12 @@ def metrics_line(step: int, metrics: Mapping[str, Any], source_names: Sequence[s
 
     Args:
       step: the number of the update, counted from 1.
-      metrics: of the train step, fetched.
+      metrics: of the train step and `param_norm` after it, fetched.
       source_names: of the mixture, in its order; their losses become `loss/NAME`.
 
     Returns:
-      `step`, the scalars of `jaxmoe.training.make_train_step`, and the loss of every source, None where the batch
-      has none of it or where a number is not finite.
+      `step`, the scalars, and the loss of every source, None where the batch has none of it or where a number is not
+      finite.
     """
     line: dict[str, float | int | None] = {"step": step}
     line.update((name, plain_number(metrics[name])) for name in _ORDER if name in metrics)
@@ -242,6 +241,19 @@ class MetricsLog:
         self._throughput.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+class NoLog:
+    """What `MetricsLog` is in the other processes of a run: nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, Any], throughput: Mapping[str, Any] | None) -> None:
+        """Writes nothing."""
+
+    def flush(self) -> None:
+        """Writes nothing."""
+
+    def close(self) -> None:
+        """Writes nothing."""
 
 
 def _event_file(directory: epath.Path, after: int) -> EventFile | None:

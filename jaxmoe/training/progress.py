@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from typing import TextIO
@@ -19,6 +20,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+@dataclasses.dataclass(frozen=True)
+class Latest:
+    """Where the member that trains stands: steps done, and the loss (nats per token) and speed of the last."""
+
+    step: int
+    loss: float | None = None
+    tokens_per_second: float | None = None
+
+
 class ProgressReporter:
     """Progress of a study and of the member that trains, with the time that is left.
 
@@ -28,6 +38,9 @@ class ProgressReporter:
     Args:
       stream: where to write; None is stderr.
       terminal: bars or lines; None asks the stream.
+
+    Attributes:
+      latest: where the member stands; None before the first begins.
     """
 
     def __init__(self, stream: TextIO | None = None, *, terminal: bool | None = None):
@@ -35,6 +48,7 @@ class ProgressReporter:
         self._terminal = self._stream.isatty() if terminal is None else terminal
         self._study = _Span("study", 0, 0)
         self._member: _Span | None = None
+        self.latest: Latest | None = None
         self._last_line = 0.0
         self._next_fraction = 0.0
         self._bars = None
@@ -51,6 +65,7 @@ class ProgressReporter:
     def member(self, name: str, total: int, done: int = 0) -> None:
         """Begins a member; `done` of its `total` steps were trained in an earlier session."""
         self._member = _Span(name, total, done)
+        self.latest = Latest(done)
         self._study.step += done
         self._next_fraction = 0.0
         if self._bars:
@@ -65,6 +80,7 @@ class ProgressReporter:
         member = self._member
         if member is None or step <= member.step:
             return
+        self.latest = Latest(step, loss, tokens_per_second)
         now = time.monotonic()
         first = member.starts == 0
         for span in (self._study, member):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable
 
+from jaxmoe.processes import alone, is_first, told_by_all
 from jaxmoe.storage_faults import first_line, is_no_space, is_storage_fault
 from jaxmoe.training.errors import CheckpointError, no_space_left
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_SAVERS = itertools.count()
 
 
 @dataclasses.dataclass
@@ -21,6 +24,7 @@ class _Job:
     """A checkpoint that is being written.
 
     Attributes:
+      number: how many there were before it.
       step: of the state.
       write: writes it; called again after a failure.
       begun: when the attempt under way began, in seconds of `time.monotonic`; None between two attempts.
@@ -28,6 +32,7 @@ class _Job:
       given_up: no further attempt is to be made.
     """
 
+    number: int
     step: int
     write: Callable[[], None]
     begun: float | None = dataclasses.field(default_factory=time.monotonic)
@@ -43,6 +48,9 @@ class Saver:
     place: one copy of the state is held, not two. A checkpoint that is given up so is missed. Any other failure is
     raised by the next call of any method.
 
+    Of several processes each writes its part. The first decides when one is tried again or given up, an attempt
+    succeeded if it did in all of them, and all call the same methods in the same order.
+
     Args:
       place: of the checkpoints, for messages.
       last_step: of the newest checkpoint there.
@@ -57,7 +65,8 @@ class Saver:
         self._changed = threading.Condition()
         self._job: _Job | None = None
         self._failure: Exception | None = None
-        self._missed = 0
+        self._missed, self._jobs, self._decisions = 0, 0, 0
+        self._key = f"checkpoints/{next(_SAVERS)}"
 
     def save(self, step: int, begin: Callable[[], Callable[[], None]]) -> bool:
         """Has a checkpoint written, after the one before it if that is still under way.
@@ -74,20 +83,19 @@ class Saver:
         """
         until = time.monotonic() + self._patience
         with self._changed:
-            self._await(lambda job: job.begun is None or time.monotonic() >= until)
+            under_way = self._decide(lambda job: job.begun is None or time.monotonic() >= until)
             job = self._job
-            if job is not None and job.begun is not None:
-                seconds = time.monotonic() - job.begun
+            if under_way == "under way":
+                seconds = time.monotonic() - (job.begun or until)
                 reason = f"that of step {job.step} has been on its way for {seconds:.0f} s"
                 self._miss(step, job.error or TimeoutError(reason), reason)
                 return False
-            if job is not None:
-                job.given_up = True
-                self._job = None
-                self._changed.notify_all()
-                self._miss(job.step, job.error, first_line(job.error))
-            job = _Job(step, begin())
-            self._job = job
+            if under_way == "failing":
+                error = job.error or ConnectionError("another process could not write its part")
+                self._give_up()
+                self._miss(job.step, error, first_line(error))
+            job = _Job(self._jobs, step, begin())
+            self._job, self._jobs = job, self._jobs + 1
         threading.Thread(target=self._work, args=(job,), name=f"checkpoint-{step}", daemon=True).start()
         return True
 
@@ -104,13 +112,11 @@ class Saver:
         """
         until = time.monotonic() + self._patience
         with self._changed:
-            self._await(lambda job: job.error is not None and time.monotonic() >= until)
-            job = self._job
-            if job is not None:
-                job.given_up = True
-                self._job = None
-                self._changed.notify_all()
-                raise self._explained(job.step, job.error) from job.error
+            if self._decide(lambda job: job.error is not None and time.monotonic() >= until) != "done":
+                job = self._job
+                self._give_up()
+                error = job.error or ConnectionError("another process could not write its part")
+                raise self._explained(job.step, error) from error
 
     def abandon(self) -> None:
         """Makes no further attempt at what fails, and waits for none."""
@@ -119,11 +125,33 @@ class Saver:
                 self._job.given_up = True
                 self._changed.notify_all()
 
-    def _await(self, enough: Callable[[_Job], bool]) -> None:
-        """Waits until there is no job, or there is enough of waiting for it; raises what failed for good."""
-        while self._job is not None and not enough(self._job):
-            self._changed.wait(timeout=0.05)
+    def _decide(self, enough: Callable[[_Job], bool]) -> str:
+        """Waits until there is no job, or, in the first process, there is enough of waiting for it.
+
+        Returns:
+          How the job stands: `done`, `failing` between two attempts, or `under way`.
+        """
+        if is_first():
+            while self._job is not None and not enough(self._job):
+                self._changed.wait(timeout=0.05)
+        stands = "done" if self._job is None else "failing" if self._job.begun is None else "under way"
+        if not alone():
+            self._decisions += 1
+            self._changed.release()  # what the thread is about does not wait for other processes
+            try:
+                stands = told_by_all(f"{self._key}/decision/{self._decisions}", stands)[0]
+            finally:
+                self._changed.acquire()
+            while stands == "done" and self._job is not None:
+                self._changed.wait(timeout=0.05)
         self._raise_failure()
+        return stands
+
+    def _give_up(self) -> None:
+        if self._job is not None:
+            self._job.given_up = True
+            self._job = None
+            self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -151,16 +179,20 @@ class Saver:
 
     def _work(self, job: _Job) -> None:
         pause = _FIRST_PAUSE
-        while True:
+        for attempt in itertools.count():
+            key = f"{self._key}/{job.number}/{attempt}"
+            if told_by_all(f"{key}/go", "" if job.given_up else "go")[0] != "go":
+                return
             with self._changed:
-                if job.given_up:
-                    return
                 job.begun = time.monotonic()
             error: Exception | None = None
             try:
                 job.write()
             except Exception as caught:
                 error = caught
+            ends = told_by_all(f"{key}/end", "written" if error is None else first_line(error))
+            if error is None and set(ends) != {"written"}:
+                error = ConnectionError(next(end for end in ends if end != "written"))
             with self._changed:
                 job.begun, job.error = None, error
                 if error is None:

@@ -18,7 +18,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxmoe.config import ModelConfig, RunConfig, TrainConfig
 from jaxmoe.models import Decoder
+from jaxmoe.sharding import Partitioning, use_partitioning
 from jaxmoe.training.optimizer import make_optimizer
+from jaxmoe.training.spikes import SpikeHistory
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +53,9 @@ class RecentSums:
 
     def cleared(self) -> RecentSums:
         """Zeros in the same places."""
-        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), self)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, x.sharding, lambda _: np.zeros(x.shape, x.dtype)), self
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -65,9 +69,11 @@ class TrainState:
       others: every other variable of the model.
       opt_state: of `make_optimizer`.
       key: base key of the run; whatever is random in a step folds the step into it.
-      skipped: steps so far whose loss or gradient was not finite, and that changed nothing.
+      skipped: steps so far that changed nothing, because their loss or gradient was not finite or, with
+        `spike_action` `skip`, their loss a spike.
       skipped_in_a_row: how many of them just now, one after the other.
       recent: sums for the next evaluation.
+      spikes: what the next loss is compared with; None in a run that does not look for spikes.
     """
 
     step: Int[Array, ""]
@@ -78,6 +84,7 @@ class TrainState:
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
     recent: RecentSums
+    spikes: SpikeHistory | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -100,41 +107,95 @@ def initial_state(model: ModelConfig, train: TrainConfig, num_sources: int, key:
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
         recent=RecentSums.zeros(model, num_sources),
+        spikes=SpikeHistory.empty(train),
+    )
+
+
+def state_shardings(state: TrainState, partitioning: Partitioning) -> TrainState:
+    """Where every array of a state goes: parameters by their axes, moments as their parameters, the rest everywhere.
+
+    Args:
+      state: of arrays, or of their shapes and dtypes.
+      partitioning: the mesh.
+
+    Returns:
+      The same structure, of `NamedSharding`s.
+    """
+
+    def placed(leaf: Any) -> Any:
+        axes = leaf.get_metadata().get("logical_axes", ()) if isinstance(leaf, nnx.Variable) else ()
+        return jax.tree.map(lambda array: partitioning.sharding(axes, array.shape), leaf)
+
+    return jax.tree.map(placed, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def abstract_state(run: RunConfig, partitioning: Partitioning | None = None) -> tuple[nnx.GraphDef, TrainState]:
+    """`init_state` without the arrays: shapes, types and where each is to go. Nothing is allocated."""
+    state = _abstract_state(run.model, relevant_to_step(run.train), len(run.data.sources), partitioning)
+    return model_graph(run.model), state
+
+
+def abstract_shardings(
+    model: ModelConfig, train: TrainConfig, num_sources: int, partitioning: Partitioning
+) -> TrainState:
+    """`state_shardings` of a run's state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, _abstract_state(model, train, num_sources, partitioning))
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_state(
+    model: ModelConfig, train: TrainConfig, num_sources: int, partitioning: Partitioning | None
+) -> TrainState:
+    shapes = jax.eval_shape(functools.partial(initial_state, model, train, num_sources), jax.random.key(0))
+    if partitioning is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    else:
+        shardings = state_shardings(shapes, partitioning)
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
     )
 
 
 @functools.lru_cache(maxsize=16)
-def _initializer(model: ModelConfig, train: TrainConfig, num_sources: int) -> Callable[[Key[Array, ""]], TrainState]:
+def _initializer(
+    model: ModelConfig, train: TrainConfig, num_sources: int, partitioning: Partitioning | None
+) -> Callable[[Key[Array, ""]], TrainState]:
     """The compiled initialization, shared by runs that differ only in their seed."""
     # It runs once: on CPU, where LLVM's optimization of the random numbers takes seconds, leave it out.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(functools.partial(initial_state, model, train, num_sources), compiler_options=options)
+
+    def initialize(key: Key[Array, ""]) -> TrainState:
+        with use_partitioning(partitioning):
+            return initial_state(model, train, num_sources, key)
+
+    shardings = None if partitioning is None else abstract_shardings(model, train, num_sources, partitioning)
+    return jax.jit(initialize, compiler_options=options, out_shardings=shardings)
 
 
-def init_state(run: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
-    """The state before the first step, drawn from `run.seed`.
+def init_state(run: RunConfig, partitioning: Partitioning | None = None) -> tuple[nnx.GraphDef, TrainState]:
+    """The state before the first step, drawn from `run.seed`; the same numbers on every mesh.
+
+    Args:
+      run: the configuration.
+      partitioning: over which the state is made, so that no host and no device ever holds more than its part; None
+        for one device.
 
     Returns:
       The model's static part, and the state.
     """
-    initialize = _initializer(run.model, relevant_to_step(run.train), len(run.data.sources))
+    initialize = _initializer(run.model, relevant_to_step(run.train), len(run.data.sources), partitioning)
     state = initialize(jax.random.key(run.seed))
-    # Committed to their devices, as restored arrays are, so that a step is not compiled again for those.
-    return model_graph(run.model), jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
-
-
-def abstract_state(run: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
-    """`init_state` without the arrays: shapes, types and where each is to go. Nothing is allocated."""
-    key = jax.eval_shape(lambda: jax.random.key(run.seed))
-    initial = functools.partial(initial_state, run.model, relevant_to_step(run.train), len(run.data.sources))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(initial, key)
-    return model_graph(run.model), jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
-    )
+    if partitioning is None:
+        # Committed to their device, as restored arrays are, so that a step is not compiled again for those.
+        state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    return model_graph(run.model), state
 
 
 def relevant_to_step(config: TrainConfig) -> TrainConfig:
     """`config` with everything at its default that the computation of a step does not depend on."""
+    if config.spike_action == "off":
+        config = dataclasses.replace(config, spike_window=100, spike_factor=10.0)
+    elif config.spike_action == "stop":
+        config = dataclasses.replace(config, spike_action="skip")  # whether the run goes on is the loop's affair
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     return dataclasses.replace(config, **{name: fields[name] for name in TrainConfig.BOOKKEEPING})

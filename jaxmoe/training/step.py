@@ -12,22 +12,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxmoe.config import ModelConfig, TrainConfig
 from jaxmoe.layers import RouterStatistics, auxiliary_losses, load_metrics
+from jaxmoe.layers.expert_parallel import compiler_options
 from jaxmoe.models import Decoder, language_model_loss
+from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use, rows_here, use_partitioning
 from jaxmoe.training.optimizer import make_optimizer
 from jaxmoe.training.schedule import learning_rate_schedule
-from jaxmoe.training.state import RecentSums, TrainState, model_graph, relevant_to_step
+from jaxmoe.training.spikes import find_spike
+from jaxmoe.training.state import RecentSums, TrainState, abstract_shardings, model_graph, relevant_to_step
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 _BATCH_KEYS = ("inputs", "targets", "loss_weights", "segment_ids", "source")
+BATCH_AXES = ("batch", "sequence")
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +86,11 @@ def accumulated_sums(
     """
     if micro_batches == 1:
         return forward(params, batch)
-    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    if partitioning_in_use() is None:
+        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    else:  # each device divides the rows that it has
+        parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = {key: constrain(x, None, *BATCH_AXES[: x.ndim - 1]) for key, x in parts.items()}
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(carry, part):
@@ -91,7 +100,9 @@ def accumulated_sums(
     return jax.tree.map(lambda x: x.sum(axis=0), sums)
 
 
-def make_train_step(model: ModelConfig, train: TrainConfig, num_sources: int) -> TrainStep:
+def make_train_step(
+    model: ModelConfig, train: TrainConfig, num_sources: int, partitioning: Partitioning | None = None
+) -> TrainStep:
     """The compiled step, one for all runs that differ only in seed, data or bookkeeping.
 
     The step takes a state, which it donates, and a batch with the arrays of `jaxmoe.data.Mixture`, and returns the
@@ -100,22 +111,27 @@ def make_train_step(model: ModelConfig, train: TrainConfig, num_sources: int) ->
     * `loss`: sum of weighted negative log-likelihoods / sum of weights, nats per token, no auxiliary loss in it;
       `source_loss` (sources,): the same of each source, NaN where the batch has none of it.
     * `load_balance`, `router_z`: auxiliary losses without their coefficients; `total_loss`: what is differentiated.
-    * `grad_norm` before clipping, `param_norm` after the update, `learning_rate` of the update.
+    * `grad_norm` before clipping, `learning_rate` of the update.
     * those of `jaxmoe.layers.load_metrics` if a layer routes.
     * `tokens`: predicted positions without padding; `skipped` and `skipped_in_a_row`, as in `TrainState`.
+    * those of `jaxmoe.training.spikes.find_spike` if the run looks for spikes.
 
-    A step whose total loss or gradient norm is not finite changes nothing but the counters.
+    A step whose total loss or gradient norm is not finite changes nothing but the counters; nor does a loss spike
+    where `spike_action` is `skip` or `stop`, nor with `strict_buffer` one in which a row found no room.
 
     Args:
       model: of the run.
       train: of the run.
       num_sources: of the mixture, weight 0 included.
+      partitioning: of the state and of the batch (see `place_batch`); None for one device.
     """
-    return _compiled_step(model, relevant_to_step(train), num_sources)
+    return _compiled_step(model, relevant_to_step(train), num_sources, partitioning)
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_step(model: ModelConfig, train: TrainConfig, num_sources: int) -> TrainStep:
+def _compiled_step(
+    model: ModelConfig, train: TrainConfig, num_sources: int, partitioning: Partitioning | None
+) -> TrainStep:
     optimizer, schedule = make_optimizer(train), learning_rate_schedule(train)
     graph = model_graph(model)
 
@@ -136,41 +152,95 @@ def _compiled_step(model: ModelConfig, train: TrainConfig, num_sources: int) -> 
         batch = {key: batch[key] for key in _BATCH_KEYS}
         gradient, (sums, losses) = jax.grad(objective, has_aux=True)(state.params, state.others, batch)
         grad_norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(losses["total_loss"]) & jnp.isfinite(grad_norm)
+        accept = jnp.isfinite(losses["total_loss"]) & jnp.isfinite(grad_norm)
+        spikes, leave_out, spike_metrics = find_spike(state.spikes, losses["loss"], train)
+        if leave_out is not None:
+            accept &= ~leave_out
+        if sums.router is not None and model.moe.strict_buffer:
+            accept &= sums.router.overflowed.sum() == 0
         with jax.named_scope("update"):
             number = state.step + 1
             updates, opt_state = optimizer.update(
-                gradient, state.opt_state, state.params, step=number, accept=finite
+                gradient, state.opt_state, state.params, step=number, accept=accept
             )
             params = optax.apply_updates(state.params, updates)
 
-        def keep_unless_finite(new, old):
-            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        def keep_unless_accepted(new, old):
+            return jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
 
-        bad = 1 - finite.astype(jnp.int32)
+        bad = 1 - accept.astype(jnp.int32)
         following = dataclasses.replace(
             state,
             step=number,
-            params=keep_unless_finite(params, state.params),
+            params=keep_unless_accepted(params, state.params),
             opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
-            recent=keep_unless_finite(_add_recent(state.recent, sums), state.recent),
+            recent=keep_unless_accepted(_add_recent(state.recent, sums), state.recent),
+            spikes=spikes,
         )
         metrics = {
             **losses,
             "source_loss": sums.source_nll / sums.source_weight,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(following.params),
             "learning_rate": schedule(number),
             **({} if sums.router is None else load_metrics(sums.router)),
             "tokens": sums.tokens,
             "skipped": following.skipped,
             "skipped_in_a_row": following.skipped_in_a_row,
+            **spike_metrics,
         }
         return following, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if partitioning is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def step_on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with use_partitioning(partitioning):
+            return step(state, batch)
+
+    # Pinned: left to itself, the compiler may return moments spread otherwise than they came.
+    shardings = abstract_shardings(model, train, num_sources, partitioning)
+    everywhere = partitioning.sharding((), ())
+    overlapped = model.moe is not None and model.moe.expert_overlap
+    return jax.jit(
+        step_on_mesh,
+        donate_argnums=0,
+        out_shardings=(shardings, everywhere),
+        compiler_options=compiler_options(partitioning) if overlapped else None,
+    )
+
+
+@jax.jit
+def parameter_norm(params: nnx.State) -> Float[Array, ""]:
+    """The L2 norm of all parameters. No step needs it, and it reads them all: for the steps that are logged."""
+    return optax.tree.norm(params)
+
+
+def place_batch(batch: Batch, partitioning: Partitioning | None = None, batch_size: int | None = None) -> Batch:
+    """A batch as arrays over the mesh, of which this process has, and gives, the rows that its devices hold.
+
+    Args:
+      batch: as `jaxmoe.data.Mixture` makes it, of the rows that `jaxmoe.sharding.rows_here` names.
+      partitioning: None leaves the batch as it is.
+      batch_size: B, over all processes; None where there is one.
+    """
+    if partitioning is None:
+        return batch
+    batch_size = len(batch["source"]) if batch_size is None else batch_size
+    here = rows_here(partitioning, batch_size)
+
+    def place(x: np.ndarray) -> Array:
+        shape = (batch_size, *x.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(here, start))
+            return x[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback(shape, partitioning.sharding(BATCH_AXES[: x.ndim], shape), part)
+
+    return {key: place(np.asarray(batch[key])) for key in _BATCH_KEYS}
 
 
 def _add_recent(recent: RecentSums, sums: BatchSums) -> RecentSums:

@@ -10,10 +10,9 @@ from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, TrainConfig, config_hash, to_dict
 from jaxmoe.data import DataError, content_changes
+from jaxmoe.run_files import CONFIG_FILE, DONE_FILE
 from jaxmoe.storage import read_json, write_json
 
-CONFIG_FILE = "config.json"
-DONE_FILE = "DONE"
 Resume = Literal["auto", "force"]
 
 _BOOKKEEPING = tuple(f"train.{name}" for name in TrainConfig.BOOKKEEPING)
@@ -40,7 +39,7 @@ def check_directory(
     """
     directory = epath.Path(directory)
     found, wanted = _stored(directory / CONFIG_FILE), _as_stored(run)
-    if found is None or found == wanted:
+    if found is None or not _differing(found, wanted):
         return
     if resume != "force":
         raise ConfigError(
@@ -66,14 +65,18 @@ def check_directory(
 def claim_directory(directory: epath.PathLike, run: RunConfig) -> None:
     """Writes `run` to the directory's config.json if it is not the one there; a DONE of another one goes first.
 
+    Another mesh makes no other run.
+
     Args:
       directory: of the run, for which `check_directory` has passed; made if it is not there.
       run: the configuration that is trained in it from now on.
     """
     directory = epath.Path(directory)
-    if _stored(directory / CONFIG_FILE) == _as_stored(run):
+    found, wanted = _stored(directory / CONFIG_FILE), _as_stored(run)
+    if found == wanted:
         return
-    (directory / DONE_FILE).unlink(missing_ok=True)
+    if found is None or _differing(found, wanted):
+        (directory / DONE_FILE).unlink(missing_ok=True)
     write_json(directory / CONFIG_FILE, to_dict(run))
 
 
@@ -152,7 +155,7 @@ def _as_stored(run: RunConfig) -> dict[str, Any]:
 
 
 def _may_change_after_training(key: str) -> bool:
-    return key.split(".")[0] == "evaluation" or key in _BOOKKEEPING
+    return key.split(".")[0] in ("evaluation", "mesh") or key in _BOOKKEEPING
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -160,7 +163,7 @@ def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     return [
         key
         for key in [*old, *(key for key in new if key not in old)]
-        if key not in old or key not in new or old[key] != new[key]
+        if key.split(".")[0] != "mesh" and (key not in old or key not in new or old[key] != new[key])
     ]
 
 

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import mosaic
 from pallas_kernels.execution import Target
 from pallas_kernels.tiles import Tiling
+from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of
 
 
@@ -99,7 +100,7 @@ def sum_rows(
     weighted = gate is not None
     return pl.pallas_call(
         functools.partial(_kernel, experts_per_token=k, width=width, weighted=weighted),
-        out_shape=jax.ShapeDtypeStruct((tokens, width), rows.dtype),
+        out_shape=struct((tokens, width), rows.dtype, rows, inverse, num_routed, gate),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(blocks,),

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 from pallas_kernels.execution import Target
 from pallas_kernels.tiles import Tiling
+from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of
 
 
@@ -89,7 +90,7 @@ def sum_rows(
     tile = COMBINE.choose(rows.dtype, target.chip, experts_per_token=k, width=width)
     return pl.pallas_call(
         functools.partial(_kernel, tile=tile, experts_per_token=k, width=width),
-        out_shape=jax.ShapeDtypeStruct((tokens, width), rows.dtype),
+        out_shape=struct((tokens, width), rows.dtype, rows, inverse, num_routed, gate),
         grid=triton.num_programs(tiles_of(tokens, tile.tokens), tiles_of(width, tile.columns)),
         compiler_params=triton.compiler_params(tile.warps, 1),
         cost_estimate=pl.CostEstimate(

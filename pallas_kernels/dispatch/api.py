@@ -10,6 +10,7 @@ from pallas_kernels.checks import require, require_float, require_rank
 from pallas_kernels.execution import PLATFORMS, Target, target_of
 from pallas_kernels.gather import take
 from pallas_kernels.plan import Plan
+from pallas_kernels.varying import alike
 
 
 def dispatch(x: jax.Array, plan: Plan, *, backend: str = "auto") -> jax.Array:
@@ -38,7 +39,7 @@ def dispatch(x: jax.Array, plan: Plan, *, backend: str = "auto") -> jax.Array:
     if x.shape[0] == 0:
         return jnp.zeros((plan.num_rows, x.shape[1]), x.dtype)
     with jax.named_scope("dispatch"):
-        return _dispatch(target, x, plan)
+        return _dispatch(target, *alike(x, plan))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import mosaic
 from pallas_kernels.execution import Target
 from pallas_kernels.tiles import Tiling
+from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of
 
 
@@ -84,7 +85,7 @@ def gather_tokens(x: jax.Array, token: jax.Array, num_routed: jax.Array, target:
     token = mosaic.pad_to(token, blocks * block)
     return pl.pallas_call(
         functools.partial(_kernel, width=width),
-        out_shape=jax.ShapeDtypeStruct((num_rows, width), x.dtype),
+        out_shape=struct((num_rows, width), x.dtype, x, token, num_routed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(blocks,),

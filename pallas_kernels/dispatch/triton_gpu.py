@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 from pallas_kernels.execution import Target
 from pallas_kernels.tiles import Tiling
+from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of
 
 
@@ -61,7 +62,7 @@ def gather_tokens(x: jax.Array, token: jax.Array, num_routed: jax.Array, target:
     tile = DISPATCH.choose(x.dtype, target.chip, width=width)
     return pl.pallas_call(
         functools.partial(_kernel, tile=tile, width=width),
-        out_shape=jax.ShapeDtypeStruct((num_rows, width), x.dtype),
+        out_shape=struct((num_rows, width), x.dtype, x, token, num_routed),
         grid=triton.num_programs(tiles_of(num_rows, tile.rows), tiles_of(width, tile.columns)),
         compiler_params=triton.compiler_params(tile.warps, 1),
         cost_estimate=pl.CostEstimate(

@@ -10,6 +10,7 @@ from pallas_kernels.backend import kernels, resolved_backend
 from pallas_kernels.checks import require, require_float, require_rank, require_same_dtype
 from pallas_kernels.execution import PLATFORMS, Target, target_of
 from pallas_kernels.grouped_matmul import ragged_dot, reference, xla_cpu
+from pallas_kernels.varying import alike
 
 _XLA = {"cpu": xla_cpu, "ragged_dot": ragged_dot}
 
@@ -48,7 +49,7 @@ def grouped_matmul(
         if target.backend == "reference":
             matrices = weights.swapaxes(1, 2) if transpose_weights else weights
             return reference.grouped_matmul(rows, matrices, group_sizes)
-        return _grouped_matmul(target, transpose_weights, rows, weights, group_sizes)
+        return _grouped_matmul(target, transpose_weights, *alike(rows, weights, group_sizes))
 
 
 def _check(rows, weights, group_sizes, transpose_weights):

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.execution import Target
 from pallas_kernels.group_tiles import most_tiles, tiles_of_groups
+from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of
 
 HOPPER = ("h100",)
@@ -115,7 +116,7 @@ def product(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, inte
     tiles = most_tiles(num_rows, groups, tile.rows)
     return plgpu.kernel(
         functools.partial(_kernel, tile=tile, groups=groups),
-        out_type=jax.ShapeDtypeStruct((num_rows, out_width), rows.dtype),
+        out_type=struct((num_rows, out_width), rows.dtype, rows, weights, group_sizes),
         grid=(tiles * tiles_of(out_width, tile.out),),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import mosaic
 from pallas_kernels.execution import Target
 from pallas_kernels.tiles import Tiling
+from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of, visits_of
 
 
@@ -244,7 +245,7 @@ def product(
         functools.partial(
             _product_kernel, transpose=transpose_weights, width=width, contracted=tile.contracted, groups=groups
         ),
-        out_shape=jax.ShapeDtypeStruct(out_shape, rows.dtype),
+        out_shape=struct(out_shape, rows.dtype, rows, weights, group_sizes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(outs, visits.count, steps),
@@ -333,7 +334,7 @@ def weight_gradient(
     operands = [rows, out_gradient] if previous is None else [rows, out_gradient, previous]
     return pl.pallas_call(
         _weight_gradient_kernel,
-        out_shape=jax.ShapeDtypeStruct((groups, width, out_width), rows.dtype),
+        out_shape=struct((groups, width, out_width), rows.dtype, *operands, group_sizes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(widths, outs, jnp.maximum(visits.count, 1)),

@@ -19,6 +19,7 @@ from pallas_kernels.execution import Target
 from pallas_kernels.group_tiles import most_tiles, tiles_of_groups
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.tiles import Misfit, Tiling
+from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of
 
 
@@ -134,7 +135,7 @@ def product(
     tiles, columns = most_tiles(num_rows, groups, tile.rows), tiles_of(out_width, tile.out)
     return pl.pallas_call(
         functools.partial(_product_kernel, tile=tile, transpose=transpose_weights, groups=groups),
-        out_shape=jax.ShapeDtypeStruct((num_rows, out_width), rows.dtype),
+        out_shape=struct((num_rows, out_width), rows.dtype, rows, weights, group_sizes),
         grid=triton.num_programs(tiles, columns),
         compiler_params=triton.compiler_params(tile.warps, tile.stages),
         cost_estimate=pl.CostEstimate(
@@ -198,7 +199,7 @@ def weight_gradient(
         functools.partial(
             _weight_gradient_kernel, tile=tile, rows_by_token=rows_by_token, gradient_by_token=gradient_by_token
         ),
-        out_shape=jax.ShapeDtypeStruct((groups, width, out_width), rows.dtype),
+        out_shape=struct((groups, width, out_width), rows.dtype, rows, out_gradient, group_sizes, token),
         grid=triton.num_programs(groups, widths, columns),
         compiler_params=triton.compiler_params(tile.warps, tile.stages),
         cost_estimate=pl.CostEstimate(

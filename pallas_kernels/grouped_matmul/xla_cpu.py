@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gather import take, take_valid
+from pallas_kernels.varying import zeros
 from pallas_kernels.windows import add_at, collect, layout_of
 
 
@@ -27,7 +28,7 @@ def product(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transpo
         out = _einsum(equation, take_valid(rows, block.index, block.valid), take(weights, expert))
         return jax.lax.dynamic_update_slice(block_out, out.reshape(-1, width), (slot, 0))
 
-    block_out = layout.for_blocks(overflow, jnp.zeros((layout.block_capacity, width), jnp.float32))
+    block_out = layout.for_blocks(overflow, zeros((layout.block_capacity, width), jnp.float32, window_out))
     row = jnp.arange(num_rows, dtype=jnp.int32)
     expert = jnp.searchsorted(jnp.cumsum(group_sizes), row, side="right", method="scan_unrolled").astype(jnp.int32)
     return collect(window_out, block_out, layout.slots(row, expert)).astype(rows.dtype)

@@ -11,6 +11,7 @@ from pallas_kernels.execution import PLATFORMS, target_of
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.moe_mlp import kernels, reference, xla_cpu
 from pallas_kernels.plan import Plan, make_plan
+from pallas_kernels.varying import alike
 
 
 def moe_mlp(
@@ -68,6 +69,7 @@ def moe_mlp(
         require(plan.block == 1, f"plan has block={plan.block}; moe_mlp takes groups that begin anywhere, block=1.")
     if x.shape[0] == 0:
         return jnp.zeros_like(x)
+    x, plan, gate, w_gate_up, w_down = alike(x, plan, gate, w_gate_up, w_down)
     with jax.named_scope("moe_mlp"):
         if backend == "reference":
             return reference.moe_mlp(x, plan, gate, w_gate_up, w_down)

@@ -25,6 +25,7 @@ from pallas_kernels.execution import Target
 from pallas_kernels.grouped_matmul.mosaic_tpu import product, row_tile
 from pallas_kernels.moe_mlp import elementwise
 from pallas_kernels.tiles import Misfit, Tiling
+from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of, visits_of
 
 
@@ -223,7 +224,7 @@ def up(
     out_widths = [hidden_width, fused] if save_hidden else [hidden_width]
     outs = pl.pallas_call(
         functools.partial(_up_kernel, width=width, groups=groups, save_hidden=save_hidden),
-        out_shape=[jax.ShapeDtypeStruct((num_rows, out_width), x.dtype) for out_width in out_widths],
+        out_shape=[struct((num_rows, each), x.dtype, x, token, w_gate_up, group_sizes) for each in out_widths],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(visits.count, steps),
@@ -343,12 +344,13 @@ def hidden_gradient(
         return pl.BlockSpec((size, block_width), lambda v, f, group, tile, *_: (tile[v], 0))
 
     per_row = pl.BlockSpec((1, size), lambda v, f, group, tile, *_: (0, tile[v]))
+    inputs = y_rows, hidden, row_gate, w_down, group_sizes
     gradient, weighted, gate_gradient = pl.pallas_call(
         functools.partial(_hidden_gradient_kernel, groups=groups),
         out_shape=[
-            jax.ShapeDtypeStruct(hidden.shape, hidden.dtype),
-            jax.ShapeDtypeStruct((num_rows, hidden_width), hidden.dtype),
-            jax.ShapeDtypeStruct((1, tiles * size), jnp.float32),
+            struct(hidden.shape, hidden.dtype, *inputs),
+            struct((num_rows, hidden_width), hidden.dtype, *inputs),
+            struct((1, tiles * size), jnp.float32, *inputs),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,

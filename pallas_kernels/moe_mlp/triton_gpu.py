@@ -19,6 +19,7 @@ from pallas_kernels.execution import Target
 from pallas_kernels.group_tiles import most_tiles, tiles_of_groups
 from pallas_kernels.grouped_matmul.triton_gpu import Tile, row_tile
 from pallas_kernels.tiles import Tiling
+from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of
 
 
@@ -146,7 +147,7 @@ def up(
     out_widths = [hidden_width, fused] if save_hidden else [hidden_width]
     outs = pl.pallas_call(
         functools.partial(_up_kernel, tile=tile, groups=groups),
-        out_shape=[jax.ShapeDtypeStruct((num_rows, out_width), x.dtype) for out_width in out_widths],
+        out_shape=[struct((num_rows, each), x.dtype, x, token, w_gate_up, group_sizes) for each in out_widths],
         grid=triton.num_programs(tiles, columns),
         compiler_params=triton.compiler_params(tile.warps, tile.stages),
         cost_estimate=pl.CostEstimate(
@@ -244,12 +245,13 @@ def hidden_gradient(
         hidden.dtype, target.chip, rows_per_group=num_rows // groups, width=width, hidden=hidden_width
     )
     tiles, columns = most_tiles(num_rows, groups, tile.rows), tiles_of(hidden_width, tile.out)
+    inputs = y_gradient, token, row_gate, hidden, w_down, group_sizes
     weighted, gradient, gate_parts = pl.pallas_call(
         functools.partial(_hidden_gradient_kernel, tile=tile, groups=groups),
         out_shape=[
-            jax.ShapeDtypeStruct((num_rows, hidden_width), y_gradient.dtype),
-            jax.ShapeDtypeStruct((num_rows, 2 * hidden_width), y_gradient.dtype),
-            jax.ShapeDtypeStruct((num_rows, columns), jnp.float32),
+            struct((num_rows, hidden_width), y_gradient.dtype, *inputs),
+            struct((num_rows, 2 * hidden_width), y_gradient.dtype, *inputs),
+            struct((num_rows, columns), jnp.float32, *inputs),
         ],
         grid=triton.num_programs(tiles, columns),
         compiler_params=triton.compiler_params(tile.warps, tile.stages),

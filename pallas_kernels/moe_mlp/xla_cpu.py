@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.gather import take, take_valid
 from pallas_kernels.moe_mlp import elementwise
 from pallas_kernels.plan import Plan
+from pallas_kernels.varying import zeros
 from pallas_kernels.windows import Layout, Rows, add_at, collect, layout_of
 
 
@@ -117,7 +118,7 @@ def _forward(recompute, x, plan, gate, w_gate_up, w_down):
         _, out = _experts(x_rows, take(w_gate_up, expert), take(w_down, expert))
         return jax.lax.dynamic_update_slice_in_dim(block_out, out.reshape(-1, out.shape[-1]), slot, axis=0)
 
-    block_out = layout.for_blocks(overflow, jnp.zeros((layout.block_capacity, x.shape[1]), jnp.float32))
+    block_out = layout.for_blocks(overflow, zeros((layout.block_capacity, x.shape[1]), jnp.float32, window_out))
     slots = layout.slots(plan.inverse, plan.expert)
     weight = jnp.where(slots.in_window | slots.in_block, gate, 0).astype(jnp.float32)
     y = sum(weight[:, j, None] * collect(window_out, block_out, slots.choice(j)) for j in range(plan.experts_per_token))
@@ -165,8 +166,8 @@ def _backward(recompute, residuals, y_gradient):
     block_x, block_gate, (w_gate_up_gradient, w_down_gradient) = layout.for_blocks(
         overflow,
         (
-            jnp.zeros((layout.block_capacity, x.shape[1]), jnp.float32),
-            jnp.zeros((layout.block_capacity,), jnp.float32),
+            zeros((layout.block_capacity, x.shape[1]), jnp.float32, window_x),
+            zeros((layout.block_capacity,), jnp.float32, window_gate),
             weight_gradients,
         ),
     )

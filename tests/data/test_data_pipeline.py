@@ -52,6 +52,11 @@ def test_its_state_is_the_next_step_and_can_be_set(mixture):
     resumed.close()
 
 
+def test_batches_made_together_are_those_made_one_by_one(mixture):
+    for step, batch in enumerate(mixture.batches(7, 5), start=7):
+        assert_equal(batch, mixture.batch(step))
+
+
 @pytest.mark.parametrize("start", [-1, 31])
 def test_a_step_outside_the_run_is_an_error(mixture, start):
     with pytest.raises(ValueError, match=rf"start_step={start}; the run has steps 0..29"):
@@ -73,10 +78,10 @@ def test_threads_do_not_grow_with_the_sources(sources):
 
 
 def test_errors_reach_the_reader(mixture, monkeypatch):
-    def broken(step):
+    def broken(first_step, count):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(mixture, "batch", broken)
+    monkeypatch.setattr(mixture, "batches", broken)
     iterator = mixture.iterator()
     with pytest.raises(OSError, match="the disk is gone"):
         next(iterator)

@@ -143,7 +143,7 @@ def test_accounts_equal_a_count_over_the_batches(build, weights, batch_size, ste
 def test_hosts_together_hold_the_batch_of_one(build, hosts):
     weights = (1.0, 2.0, 1.5, 0.5, 1.0)
     alone = build(weights)
-    shares = [build(weights, host_index=i, host_count=hosts) for i in range(hosts)]
+    shares = [build(weights, rows=rows) for rows in np.split(np.arange(12), hosts)]
     for step in (0, 1, 17):
         parts = [share.batch(step) for share in shares]
         together = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -210,11 +210,9 @@ def test_rows_beyond_a_finite_split_are_an_error(build):
         source.rows([0], "validation")
 
 
-def test_hosts_must_share_the_batch_evenly(build):
-    with pytest.raises(ConfigError, match="batch_size=12 is not divisible by the 5 hosts"):
-        build((1.0,), host_count=5)
-    with pytest.raises(ConfigError, match=r"host_index=2; choose 0..1"):
-        build((1.0,), host_index=2, host_count=2)
+def test_only_rows_of_the_batch_can_be_asked_for(build):
+    with pytest.raises(ConfigError, match=r"rows=\[11, 12\]; choose of 0..11"):
+        build((1.0,), rows=[11, 12])
 
 
 def test_the_table_of_accounts_names_every_source(build):

@@ -52,7 +52,7 @@ def test_the_micro_study_has_members_on_both_sides_of_twenty_tokens_per_paramete
         ([], "--config is missing"),
         (["--config=quickstar.py"], "Did you mean 'quickstart.py'?"),
         (["--config=quickstart.py", "--config.train.stepz=3"], "--config.train.stepz. Did you mean 'steps'?"),
-        (["--config=quickstart.py", "--dry_run", "--member=E9"], "--member=E9: no such member. Did you mean 'E"),
+        (["--config=quickstart.py", "--dry_run", "--member=E9"], "unknown member 'E9'. Did you mean 'E"),
         (["--config=quickstart.py", "--json"], "--json goes with --dry_run"),
         (["--config=quickstart.py", "--dry_run", "--config.model.moe.num_experts=4"], "every member sets"),
         (["--config=quickstart.py", "--config.model.vocab_size=200"], "smaller than the tokenizer's 276"),

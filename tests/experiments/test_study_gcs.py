@@ -1,5 +1,6 @@
 """A study in a bucket: trained, stopped, resumed and reported on with gs:// as its only state."""
 
+import json
 import os
 import pathlib
 import signal
@@ -99,3 +100,27 @@ def test_a_study_in_a_bucket_is_stopped_resumed_and_reported_on(bucket, config_f
     assert {path.name for path in (remote / "report").iterdir()} == {*listed, "files.txt"}
     unfinished = [path for pattern in (".*", "*/.*", "*/*/.*") for path in remote.glob(pattern)]
     assert not unfinished
+
+
+def test_the_quickstart_in_a_bucket_is_preempted_and_goes_on(bucket):
+    """SIGTERM at its first step: status 75 and a word that it is resumable; the same command goes on from there."""
+    arguments = (
+        sys.executable, "-m", "experiments.run", "--config=experiments/configs/quickstart.py", "--member=E2",
+        f"--workdir={bucket}/quickstart", "--config.train.steps=300", "--config.evaluation.points=1",
+        "--config.evaluation.examples=64", "--config.evaluation.validation_rows=64",
+        "--config.data.sources.knowledge.entities=200",
+    )  # fmt: skip
+    process = subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any(line.startswith("E2: step ") for line in process.stderr)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 75, out + err
+    assert f"preempted (SIGTERM), resumable: nothing is lost. Run the same command again to go on ({bucket}" in out
+    directory = as_path(bucket) / "quickstart" / "E2"
+    (saved,) = [int(path.name) for path in (directory / "checkpoints").iterdir()]
+
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300)
+    assert f"E2: 300 steps, going on after step {saved}" in done.stderr
+    assert f"done: {bucket}/quickstart" in done.stdout
+    log = (as_path(directory) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(10, 301, 10))

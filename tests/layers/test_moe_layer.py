@@ -110,6 +110,18 @@ def test_capacity_drops_later_tokens_and_counts_them():
     np.testing.assert_allclose(y, looped(moe, x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_shared_expert_sees_every_token_and_is_added_without_a_gate():
+    """The routed part is scaled, the shared one is not (DeepSeek-V2's convention), and padding is not routed."""
+    moe = make_moe(shared_expert_hidden=5, routed_scaling=2.5)
+    x, mask = tokens(8), np.arange(8) < 6
+    y, statistics = apply(moe, x, jnp.asarray(mask))
+    shared = moe.shared_expert(x)
+    assert moe.shared_expert.down[...].shape == (5, WIDTH)
+    np.testing.assert_allclose((y - shared)[:6], 2.5 * looped(moe, x[:6]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(y[6:], shared[6:], rtol=1e-6)
+    assert statistics.token_count == 6
+
+
 def test_capacity_is_rounded_up():
     assert make_moe(capacity_factor=1.0).capacity(9) == 5  # 9 · 2 / 4 = 4.5
     assert make_moe().capacity(9) is None

@@ -74,6 +74,12 @@ def test_renormalized_score_orders_are_one_function(x):
     np.testing.assert_allclose(second.gate.sum(-1), 1.0, rtol=1e-6)
 
 
+def test_gates_are_scaled_after_they_are_normalized(x):
+    plain, scaled = make_router()(x), make_router(routed_scaling=2.5)(x)
+    np.testing.assert_allclose(scaled.gate, 2.5 * plain.gate, rtol=1e-6)
+    np.testing.assert_array_equal(scaled.probabilities, plain.probabilities)
+
+
 def test_bfloat16_router_rounds_logits_and_gates_but_not_probabilities(x):
     router = make_router(router_dtype="bfloat16")
     routing = router(x)

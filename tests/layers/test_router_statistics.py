@@ -13,13 +13,13 @@ from jaxmoe.config import MoEConfig
 from jaxmoe.layers import RouterStatistics, auxiliary_losses, load_balance_loss, load_metrics
 
 
-def statistics(count, probability_sum, tokens, z_sum=0.0, dropped=0.0) -> RouterStatistics:
-    values = (count, probability_sum, z_sum, tokens, dropped)
+def statistics(count, probability_sum, tokens, z_sum=0.0, dropped=0.0, overflowed=0.0) -> RouterStatistics:
+    values = (count, probability_sum, z_sum, tokens, dropped, overflowed)
     return RouterStatistics(*(jnp.asarray(value, jnp.float32) for value in values))
 
 
 UNIFORM = statistics([4, 4, 4, 4], [2, 2, 2, 2], 8.0, z_sum=24.0)
-COLLAPSED = statistics([8, 8, 0, 0], [4, 4, 0, 0], 8.0, z_sum=8.0, dropped=4.0)
+COLLAPSED = statistics([8, 8, 0, 0], [4, 4, 0, 0], 8.0, z_sum=8.0, dropped=4.0, overflowed=2.0)
 BOTH = jax.tree.map(lambda *layers: jnp.stack(layers), UNIFORM, COLLAPSED)
 
 
@@ -85,6 +85,7 @@ def test_one_layer_alone_needs_no_config():
 def test_load_metrics_of_a_balanced_and_a_collapsed_layer():
     metrics = load_metrics(BOTH)
     assert metrics["dropped_fraction"] == pytest.approx(4 / 32)
+    assert metrics["overflow_fraction"] == pytest.approx(2 / 32)
     assert metrics["dead_experts"] == 2
     assert metrics["load_max_over_mean"] == pytest.approx((1 + 2) / 2)
     assert metrics["load_cv"] == pytest.approx((0 + 1) / 2)

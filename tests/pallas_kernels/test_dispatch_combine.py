@@ -133,6 +133,15 @@ def test_kernels_equal_the_definitions_with_gradients(backend, dtype, tolerance)
         assert_trees_close(pulled(*kernels, plan), expected, tolerance)
 
 
+@pytest.mark.parametrize("backend", ["cpu", *PLATFORMS])
+def test_rows_that_are_weighted_already_are_summed(backend):
+    x, rows, gate = arrays()
+    plan = plan_of(np.random.default_rng(0).integers(-1, EXPERTS, (TOKENS, CHOICES)).astype(np.int32), EXPERTS)
+    y, pull = jax.vjp(lambda rows: combine(rows, plan, None, backend=backend), rows)
+    expected, expected_pull = jax.vjp(lambda rows: combine_reference.combine(rows, plan, jnp.ones_like(gate)), rows)
+    assert_trees_close((y, pull(x)), (expected, expected_pull(x)), 1e-5)
+
+
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
 def test_an_aligned_plan_gives_the_same_layer(backend):
     """Dispatch, product and combine with their gradients, groups at multiples of 8 rows or anywhere."""

@@ -10,9 +10,9 @@ import signal
 import pytest
 
 from jaxmoe.config import ConfigError, config_hash
+from jaxmoe.exclusive import exclusive
 from jaxmoe.scaling import Study, preflight, read_records, results_table, run_member, run_study, runner
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
-from jaxmoe.training.exclusive import exclusive
 
 CONFIG = {
     "study": {"name": "tiny", "title": "Tiny", "held_fixed": {"tokens": 0.0}},

@@ -273,7 +273,7 @@ def test_the_description_states_what_is_fixed_what_varies_and_every_member(study
     assert "held fixed: tokens (exactly): 640" in text
     assert "varies:     total_parameters:" in text
     for member in study.members:
-        assert sum(line.startswith(f"{member.name} ") for line in text.splitlines()) == 1
+        assert sum(line.startswith(f"{member.name} ") for line in text.splitlines()) == 3
 
 
 def test_quantities_name_configuration_keys_too(study):
@@ -303,3 +303,22 @@ def test_the_configuration_stays_as_it_was():
 def test_planning_a_study_needs_no_jax():
     code = "import sys; import jaxmoe.scaling.study; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_description_counts_what_a_member_costs(study):
+    summary = study.members[0].summary()
+    assert sum(summary["components"].values()) == summary["total_parameters"]
+    assert sum(summary["active_components"].values()) == summary["active_parameters"]
+    assert (summary["weights_bytes"], summary["optimizer_bytes"]) == (
+        4 * summary["total_parameters"], 8 * summary["total_parameters"]
+    )  # fmt: skip
+    cost = study.describe().split("FLOPs of training")[1]
+    row = next(line for line in cost.splitlines() if line.startswith(f"{study.members[0].name} "))
+    assert f"{summary['training_flops']:.3g}" in row.split()
+
+
+def test_a_member_may_have_a_name_that_no_key_can_have():
+    study = Study.from_config_dict(with_value("members.E8.name", "E8-1.9B"))
+    assert study.member("E8-1.9B-seed0").arm == "E8-1.9B"
+    with pytest.raises(ConfigError, match="unknown member 'E8-1'"):
+        study.member("E8-1")

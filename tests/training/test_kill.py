@@ -1,9 +1,10 @@
-"""Killed at any moment and started again, a run writes the same bytes as one that was left alone."""
+"""Stopped by signals and started again, a run writes the same bytes as one that was left alone.
+
+Kills at random moments, SIGKILL included: tests/experiments/test_chaos.py.
+"""
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 
@@ -12,29 +13,35 @@ import pytest
 from jaxmoe.config import to_dict
 
 _PROGRAM = """
-import json, os, signal, sys, threading, time
+import json, os, signal, sys, time
 sys.modules["tensorboardX"] = None
 from jaxmoe.config import RunConfig, from_dict
-from jaxmoe.training import ProgressReporter, train
+from jaxmoe.training import ProgressReporter, StopRequest, train
 
 class Signalling(ProgressReporter):
-    \"\"\"Sends this process a signal: at a step, or some time after it and by 20 steps later at last.\"\"\"
-
-    def __init__(self, name, at, delay):
-        super().__init__(terminal=False)
-        self.number, self.at, self.delay = signal.Signals[name], at, delay
+    \"\"\"Sends this process SIGTERM at a step.\"\"\"
 
     def advance(self, step, *args, **kwargs):
         super().advance(step, *args, **kwargs)
-        send = lambda: os.kill(os.getpid(), self.number)
-        if step == self.at and self.delay:
-            threading.Timer(self.delay, send).start()
-        elif step == self.at + (20 if self.delay else 0):
-            send()
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if again_in_save:
+                os.rename = terminate_instead
+
+complete = os.rename
+
+def terminate_instead(source, target):
+    \"\"\"Instead of the rename that completes a checkpoint: the second signal, and a disk that hangs.\"\"\"
+    if str(target).startswith(f"{sys.argv[2]}/checkpoints/40"):  # which is still being written, perhaps
+        return complete(source, target)
+    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        time.sleep(1)
 
 run = from_dict(RunConfig, json.loads(sys.argv[1]))
-name, at, delay = json.loads(sys.argv[3])
-result = train(run, sys.argv[2], progress=Signalling(name, at, delay) if name else None)
+at, again_in_save = json.loads(sys.argv[3])
+with StopRequest(second="exit") as stop:
+    result = train(run, sys.argv[2], progress=Signalling(terminal=False), stop=stop)
 print(json.dumps({"status": result.status, "step": result.step, "loss": result.loss}))
 """
 
@@ -51,9 +58,9 @@ def start(tiny_run, replace_train, tmp_path_factory):
     }
     command = [sys.executable, "-c", _PROGRAM, json.dumps(to_dict(run))]
 
-    def start(directory, name=None, at=0, delay=0.0) -> subprocess.Popen:
+    def start(directory, at=None, again_in_save=False) -> subprocess.Popen:
         return subprocess.Popen(
-            [*command, str(directory), json.dumps([name, at, delay])],
+            [*command, str(directory), json.dumps([at, again_in_save])],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -77,27 +84,26 @@ def lines_written(directory) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_killed_again_and_again(start, undisturbed, tmp_path):
-    """SIGKILL a little after a random number of further steps, wherever that is; then to the end."""
-    randomness = random.Random(0)
-    progress = 0
-    for _ in range(4):
-        process = start(tmp_path, "SIGKILL", progress + randomness.randint(5, 30), 0.02 * randomness.random())
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL, err
-        checkpoints = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
-        progress = max(checkpoints, default=0)
-        assert lines_written(tmp_path) >= progress  # what a checkpoint has passed is on disk
-    assert finish(start(tmp_path)) == undisturbed[0]
-    assert (tmp_path / "metrics.jsonl").read_bytes() == undisturbed[1]
-
-
 def test_terminated_is_resumable(start, undisturbed, tmp_path):
     """SIGTERM: the step is finished and saved, and the run goes on from it to the same end."""
-    stopped = finish(start(tmp_path, "SIGTERM", 50))
+    stopped = finish(start(tmp_path, at=50))
     assert stopped["status"] == "resumable"
     assert 50 <= stopped["step"] < 60
     assert (tmp_path / "checkpoints" / str(stopped["step"])).is_dir()
     assert lines_written(tmp_path) == stopped["step"]
+    assert finish(start(tmp_path)) == undisturbed[0]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == undisturbed[1]
+
+
+def test_a_second_signal_exits_at_once_and_loses_nothing_that_was_finished(start, undisturbed, tmp_path):
+    """It comes while the checkpoint that the first one asked for is being written, and storage hangs."""
+    process = start(tmp_path, at=50, again_in_save=True)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 75, err
+    assert "stopped at once by a second signal (SIGTERM)" in err
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert {name for name in names if name.isdigit()} == {"20", "40"}
+    assert any(name.startswith("5") for name in names), "the one that was being written"
+    assert lines_written(tmp_path) >= 50
     assert finish(start(tmp_path)) == undisturbed[0]
     assert (tmp_path / "metrics.jsonl").read_bytes() == undisturbed[1]

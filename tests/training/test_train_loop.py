@@ -13,6 +13,7 @@ import pytest
 
 from jaxmoe.config import ConfigError, TextSource, config_hash
 from jaxmoe.data import DataError, Mixture, content_changes
+from jaxmoe.exclusive import LOCK_FILE, exclusive
 from jaxmoe.training import (
     CheckpointError,
     NonFiniteLossError,
@@ -75,8 +76,8 @@ def test_logs_every_second_step(undisturbed):
     assert [line["skipped"] for line in log] == [0] * 12
     assert list(log[0]) == [
         "step", "loss", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
-        "dropped_fraction", "load_max_over_mean", "load_cv", "loss/knowledge", "loss/reasoning", "dead_experts",
-        "tokens", "skipped",
+        "dropped_fraction", "overflow_fraction", "load_max_over_mean", "load_cv", "loss/knowledge", "loss/reasoning",
+        "dead_experts", "tokens", "skipped",
     ]  # fmt: skip
 
 
@@ -187,14 +188,6 @@ def test_an_evaluation_ended_by_a_signal_is_made_up_for(undisturbed, tiny_run, t
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
 
 
-def test_connected_processes_are_refused(tiny_run, tmp_path, monkeypatch):
-    """Each would train the same run in the same folder."""
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="2 JAX processes are connected"):
-        train(tiny_run, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_pressing_ctrl_c_twice_leaves_at_once(tiny_run, tmp_path):
     def impatient():
         os.kill(os.getpid(), signal.SIGINT)
@@ -209,13 +202,15 @@ def poison(monkeypatch):
     """Makes the loss of the given 0-based steps infinite."""
 
     def apply(steps):
-        original = Mixture.batch
+        original = Mixture.batches
 
-        def batch(self, step):
-            made = original(self, step)
-            return dict(made, loss_weights=np.full_like(made["loss_weights"], np.inf)) if step in steps else made
+        def batches(self, first_step, count):
+            made = original(self, first_step, count)
+            for step in steps & set(range(first_step, first_step + count)):
+                made[step - first_step]["loss_weights"] = np.full((8, 16), np.inf, np.float32)
+            return made
 
-        monkeypatch.setattr(Mixture, "batch", batch)
+        monkeypatch.setattr(Mixture, "batches", batches)
 
     return apply
 
@@ -230,17 +225,19 @@ def test_a_few_non_finite_steps_are_skipped_and_counted(tiny_run, tmp_path, pois
         8: 0, 10: 2, 12: 2, 14: 3, 24: 3,
     }  # fmt: skip
     assert np.isfinite(log[24]["loss"])
-    assert re.findall(r"step (\d+) is skipped", caplog.text) == ["9", "10", "14"]
+    assert set(log) == {*range(2, 25, 2), 9}
+    said = r"step (\d+) is skipped: loss nan, gradient norm nan on the batch of global step (\d+)"
+    assert re.findall(said, caplog.text) == [("9", "8"), ("10", "9"), ("14", "13")]
 
 
 def test_too_many_non_finite_steps_in_a_row_stop_the_run(tiny_run, tmp_path, poison):
     """Three from the batch of step 15 on; the newest checkpoint is of step 12, and stays."""
     poison(set(range(14, 24)))
     for _ in range(2):  # run again, it fails in the same way
-        said = "3 steps in a row, 15 to 17. The last good step is 14; the last checkpoint is of step 12"
+        said = "3 steps in a row, 15 to 17. The last good step is 14. The last good checkpoint is of step 12"
         with pytest.raises(NonFiniteLossError, match=said):
             train(tiny_run, tmp_path)
-        assert [line["step"] for line in log_of(tmp_path)][-1] == 16
+        assert [line["step"] for line in log_of(tmp_path)][-4:] == [14, 15, 16, 17]
 
 
 def test_directory_of_another_configuration(undisturbed, tiny_run, replace_train):
@@ -411,3 +408,9 @@ def test_every_difference_of_data_is_listed(tiny_run):
         "source 'reasoning' was there, and is not now",
         "source 'more' was not there",
     ]
+
+
+def test_a_run_is_not_trained_twice_at_a_time(tiny_run, tmp_path):
+    with exclusive(tmp_path), pytest.raises(ConfigError, match="another folder"):
+        train(tiny_run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE], "nothing is written before the lock is held"

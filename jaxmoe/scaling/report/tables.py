@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from jaxmoe.evaluation.records import Record
-from jaxmoe.scaling.preflight import STUDY_FILE, read_done
 from jaxmoe.scaling.report import measurements
 from jaxmoe.scaling.report.errors import ReportError
 from jaxmoe.scaling.report.measurements import lookup
 from jaxmoe.scaling.results import read_study, same_configuration, sift_records
+from jaxmoe.scaling.status import read_done
+from jaxmoe.scaling.study_file import STUDY_FILE
 from jaxmoe.storage import read_json
 from jaxmoe.training import CONFIG_FILE
 

@@ -1,4 +1,4 @@
-"""A run directory is trained in by one process at a time."""
+"""A run directory is trained in by one process at a time, and a file that several write is written by one."""
 
 from __future__ import annotations
 
@@ -48,6 +48,24 @@ def exclusive(directory: epath.PathLike) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: epath.PathLike) -> Iterator[None]:
+    """Holds a lock file for the `with` block, waiting for whoever holds it now; see `exclusive` for where it cannot.
+
+    Args:
+      path: of the lock file, made if it is not there; it stays.
+    """
+    if is_remote(path):
+        yield
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s cannot be locked: %s", path, error)
         yield
 
 

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from jaxmoe.config import ConfigError
-from jaxmoe.training import train
-from jaxmoe.training.exclusive import LOCK_FILE, check_unused, exclusive
+from jaxmoe.exclusive import LOCK_FILE, check_unused, exclusive
 
 _HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True)"
 
@@ -22,12 +21,6 @@ def test_a_second_one_is_refused_and_told_who_holds_it(tmp_path):
         pass
     with exclusive(tmp_path / "E8"):
         pass
-
-
-def test_a_run_is_not_trained_twice_at_a_time(tiny_run, tmp_path):
-    with exclusive(tmp_path), pytest.raises(ConfigError, match="another folder"):
-        train(tiny_run, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE], "nothing is written before the lock is held"
 
 
 def test_checking_leaves_nothing(tmp_path):

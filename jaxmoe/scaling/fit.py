@@ -1,0 +1,272 @@
+"""Whether a run fits on devices that are not here, and how fast it could be: the real compilers' answer.
+
+What comes from a compiler's plan or from a maker's data sheet is no measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoe.accounting import flops_per_token
+from jaxmoe.config import MeshConfig, RunConfig
+from jaxmoe.config.mesh import check_mesh
+from jaxmoe.models import init_cache
+from jaxmoe.scaling.program import Exchange, Operations, count_operations, exchanges
+from jaxmoe.scaling.topologies import GIB, Topology
+from jaxmoe.sharding import Partitioning, build_mesh, use_partitioning
+from jaxmoe.training.state import abstract_state
+from jaxmoe.training.step import BATCH_AXES, make_train_step
+
+logger = logging.getLogger(__name__)
+
+What = Literal["train", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What compiling a run for a topology showed. Everything but the compile time is a plan, not a measurement.
+
+    Attributes:
+      member, topology, mesh, what, remat, gradient_accumulation: what was compiled.
+      devices: how many.
+      fits: whether each device has the memory.
+      limit: bytes of a device that programs may have.
+      arguments, outputs, temporaries, peak: bytes of a device; None where a TPU program was refused, of which the
+        compiler tells the peak alone.
+      operations: executed on all devices in one step, None where refused.
+      model_flops: those of the model's matrix products for the step's tokens (recomputation is not counted).
+      exchanges: collectives of one device in one step.
+      tokens: of one step.
+      compile_seconds: tracing, lowering and compiling.
+      estimate: of the step's time, see `StepTime`; None where refused.
+    """
+
+    member: str
+    topology: str
+    mesh: MeshConfig
+    what: What
+    remat: str
+    gradient_accumulation: int
+    devices: int
+    fits: bool
+    limit: int
+    peak: int
+    arguments: int | None
+    outputs: int | None
+    temporaries: int | None
+    operations: Operations | None
+    model_flops: int
+    exchanges: tuple[Exchange, ...]
+    tokens: int
+    compile_seconds: float
+    estimate: StepTime | None
+
+    @property
+    def headroom(self) -> int:
+        """Bytes of a device that are left; negative where they are missing."""
+        return self.limit - self.peak
+
+    def summary(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        values = dataclasses.asdict(self)
+        values["mesh"] = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+        values["headroom"] = self.headroom
+        if self.operations is not None:
+            values["operations"] = self.operations.total
+            values["operations_over_model_flops"] = self.operations.total / self.model_flops
+            values["unknown_loops"] = self.operations.unknown_loops
+        if self.estimate is not None:
+            values["estimate"] = self.estimate.summary(self)
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    r"""A roofline: seconds that each resource of a device needs for one step at its maker's peak.
+
+    $t = \max(F / (n \cdot \text{flops}), (A + O + 2T) / \text{bandwidth}, X / \text{interconnect} + Y /
+    \text{network})$ with F operations executed on n devices, A, O, T bytes of arguments, outputs and temporaries (every
+    temporary written and read once), X and Y bytes received within a slice and between slices. It assumes that the
+    three overlap perfectly and that kernels run at peak: a bound, of which real steps reach a part.
+    """
+
+    compute: float
+    memory: float
+    exchange: float
+
+    @property
+    def seconds(self) -> float:
+        """The largest of the three."""
+        return max(self.compute, self.memory, self.exchange)
+
+    @property
+    def bound(self) -> str:
+        """What the largest is."""
+        return max(("compute", "memory", "exchange"), key=lambda name: getattr(self, name))
+
+    def summary(self, fit: Fit) -> dict[str, Any]:
+        """With tokens per second and utilization."""
+        return {
+            "label": "estimate at peak rates, not a measurement",
+            "seconds": self.seconds,
+            "bound": self.bound,
+            **dataclasses.asdict(self),
+            "tokens_per_second": fit.tokens / self.seconds,
+            "mfu": fit.model_flops / (fit.operations.total / self.compute * self.seconds) if self.compute else 0.0,
+        }
+
+
+def check_fit(
+    run: RunConfig, topology: Topology, *, what: What = "train", rows: int | None = None, length: int | None = None
+) -> Fit:
+    """Compiles a run's step for a topology and reads the result.
+
+    Args:
+      run: with the mesh; an axis of -1 is what is left.
+      topology: of `describe_topology`.
+      what: `train`, the step as it is trained, or `decode`, one token more of each row.
+      rows, length: decode: rows at a time (None: one for each device) and cached tokens of each (None: the model's
+        longest sequence).
+
+    Raises:
+      ConfigError: a mesh that does not fit the devices or the model.
+    """
+    started = time.perf_counter()
+    config = run.mesh.resolved(len(topology.devices))
+    if what == "train":
+        check_mesh(config, run.model, run.train)
+    partitioning = Partitioning(build_mesh(config, topology.devices))
+    tokens = run.train.batch_size * run.train.sequence_length if what == "train" else rows or len(topology.devices)
+    with topology.compiling():
+        if what == "train":
+            traced = _trained(run, partitioning)
+        else:
+            traced = _decoded(run, partitioning, tokens, length or run.model.max_sequence_length)
+        lowered = traced.lower()
+    cost = flops_per_token(run.model, run.train.sequence_length)
+    common = {
+        "member": run.name, "topology": topology.name, "mesh": config, "what": what, "remat": run.model.remat,
+        "gradient_accumulation": run.train.gradient_accumulation, "devices": len(topology.devices),
+        "model_flops": (cost.training if what == "train" else cost.forward) * tokens, "tokens": tokens,
+        "limit": memory_limit(topology),
+    }  # fmt: skip
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        peak = _refused_peak(str(error))
+        if peak is None:
+            raise
+        return Fit(
+            **common, fits=False, peak=peak, arguments=None, outputs=None, temporaries=None, operations=None,
+            exchanges=(), compile_seconds=time.perf_counter() - started, estimate=None,
+        )  # fmt: skip
+    memory = compiled.memory_analysis()
+    # Donated arguments become outputs: they are there once.
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = max(peak + memory.temp_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0))
+    slice_of = [getattr(device, "slice_index", 0) or 0 for device in partitioning.mesh.devices.flat]
+    if topology.chip.platform == "cuda":
+        slice_of = [device.id // 8 for device in partitioning.mesh.devices.flat]
+    found = tuple(exchanges(compiled.as_text(), slice_of))
+    operations = count_operations(traced.jaxpr)
+    return Fit(
+        **common, fits=peak <= common["limit"], peak=peak, arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes, temporaries=memory.temp_size_in_bytes, operations=operations,
+        exchanges=found, compile_seconds=time.perf_counter() - started,
+        estimate=_step_time(topology, memory, operations, found),
+    )  # fmt: skip
+
+
+def _step_time(topology: Topology, memory: Any, operations: Operations, found: Sequence[Exchange]) -> StepTime:
+    chip = topology.chip
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * memory.temp_size_in_bytes
+    between = sum(exchange.between_slices for exchange in found)
+    within = sum(exchange.bytes for exchange in found) - between
+    return StepTime(
+        compute=operations.total / len(topology.devices) / chip.flops,
+        memory=moved / chip.bandwidth,
+        exchange=within / chip.interconnect + between / chip.network,
+    )
+
+
+def _trained(run: RunConfig, partitioning: Partitioning) -> Any:
+    shape = run.train.batch_size, run.train.sequence_length
+
+    def rows(dtype: Any, dimensions: int = 2) -> jax.ShapeDtypeStruct:
+        sharding = partitioning.sharding(BATCH_AXES[:dimensions], shape[:dimensions])
+        return jax.ShapeDtypeStruct(shape[:dimensions], dtype, sharding=sharding)
+
+    batch = {
+        "inputs": rows(jnp.int32), "targets": rows(jnp.int32), "loss_weights": rows(jnp.float32),
+        "segment_ids": rows(jnp.int32), "source": rows(jnp.int32, 1),
+    }  # fmt: skip
+    step = make_train_step(run.model, run.train, len(run.data.sources), partitioning)
+    return step.trace(abstract_state(run, partitioning)[1], batch)
+
+
+def _decoded(run: RunConfig, partitioning: Partitioning, rows: int, length: int) -> Any:
+    """One token more for each of `rows` rows, with parameters in the compute dtype and a cache of `length` tokens."""
+    graph, state = abstract_state(run, partitioning)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.model.compute_dtype, sharding=leaf.sharding), state.params
+    )
+
+    def spread(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=partitioning.sharding(axes, leaf.shape))
+
+    cache = jax.eval_shape(functools.partial(init_cache, run.model, rows, length))
+    cache = jax.tree.map(lambda leaf: spread(leaf, ("batch", "heads", None, None)), cache)
+    tokens = spread(jax.ShapeDtypeStruct((rows,), jnp.int32), ("batch",))
+
+    def decode(params: nnx.State, others: nnx.State, tokens: Any, positions: Any, cache: Any) -> Any:
+        with use_partitioning(partitioning):
+            return nnx.merge(graph, params, others).decode_step(tokens, positions, cache)
+
+    return jax.jit(decode, donate_argnums=4).trace(params, state.others, tokens, tokens, cache)
+
+
+# ------------------------------------------------------------------------------------------------ memory of a device
+
+
+def memory_limit(topology: Topology) -> int:
+    """Bytes that the compiler gives programs on a device: of a TPU by its own word, of a GPU all that the card has."""
+    if topology.chip.platform == "cuda":
+        return topology.chip.memory
+    return _tpu_limit(topology.name) or topology.chip.memory
+
+
+@functools.cache
+def _tpu_limit(name: str) -> int | None:
+    """What the TPU compiler says when it refuses a program that no device could hold."""
+    from jaxmoe.scaling.topologies import describe_topology
+
+    device = describe_topology(name).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    much = jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.float32, sharding=sharding)
+    try:
+        jax.jit(lambda x: x + 1).lower(much).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"of ([\d.]+[KMGT]?) hbm", str(error))
+        return None if found is None else _parsed_bytes(found[1])
+    return None
+
+
+def _refused_peak(message: str) -> int | None:
+    """Bytes that a refused program would have needed; None if it was refused for another reason."""
+    found = re.search(r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    return None if found is None else _parsed_bytes(found[1])
+
+
+def _parsed_bytes(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
+    return round(float(text.rstrip("KMGT")) * units.get(text[-1], 1))

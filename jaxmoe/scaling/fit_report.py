@@ -1,0 +1,50 @@
+"""A fit check in words."""
+
+from __future__ import annotations
+
+from jaxmoe.scaling.fit import Fit
+from jaxmoe.scaling.topologies import GIB
+
+
+def describe_fit(fit: Fit, *, brief: bool = False) -> str:
+    """The result for people; `brief` is one line."""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in fit.mesh.shape.items() if size > 1) or "one device"
+    verdict = f"fits, {_gib(fit.headroom)} to spare" if fit.fits else f"does not fit, {_gib(-fit.headroom)} too much"
+    how = f"mesh {mesh}; remat {fit.remat}; gradient_accumulation {fit.gradient_accumulation}"
+    if brief:
+        estimate = fit.estimate
+        seconds = "" if estimate is None else f"; at least {estimate.seconds:.3g} s a step ({estimate.bound})"
+        return f"{how}: {verdict}{seconds}"
+    lines = [
+        f"{fit.member}, {fit.what} step on {fit.topology} ({fit.devices} devices): {verdict}",
+        how,
+        f"memory of a device: {_gib(fit.peak)} of {_gib(fit.limit)}" + _parts(fit),
+    ]
+    if fit.operations is not None and fit.estimate is not None:
+        times = fit.operations.total / fit.model_flops
+        unknown = f", {fit.operations.unknown_loops} loops counted once" if fit.operations.unknown_loops else ""
+        lines.append(
+            f"operations: {fit.operations.total:.4g} executed, {fit.model_flops:.4g} of the model ({times:.2f} times; "
+            f"{fit.operations.kernels / fit.operations.total:.0%} in Pallas kernels, by their estimates{unknown})"
+        )
+        for exchange in fit.exchanges:
+            between = f", {_gib(exchange.between_slices)} of it between slices" if exchange.between_slices else ""
+            lines.append(f"exchange: {exchange.kind} x {exchange.count}, {_gib(exchange.bytes)} a device{between}")
+        estimate = fit.estimate.summary(fit)
+        lines.append(
+            f"estimate at peak rates (no measurement): {fit.estimate.seconds:.3g} s a step, bound by "
+            f"{fit.estimate.bound} (compute {fit.estimate.compute:.3g}, memory {fit.estimate.memory:.3g}, exchange "
+            f"{fit.estimate.exchange:.3g} s); {estimate['tokens_per_second']:,.0f} tokens/s, MFU {estimate['mfu']:.0%}"
+        )
+    lines.append(f"compiled in {fit.compile_seconds:.0f} s")
+    return "\n".join(lines)
+
+
+def _parts(fit: Fit) -> str:
+    if fit.arguments is None or fit.temporaries is None:
+        return " (refused by the compiler)"
+    return f" (arguments {_gib(fit.arguments)}, temporaries {_gib(fit.temporaries)})"
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.3g} GiB" if count >= 1 << 20 else f"{count / 1024:.3g} KiB"

@@ -1,0 +1,120 @@
+"""Several processes on loopback train one study: the run of one process, and it goes on in one."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+CONFIG = """
+def get_config():
+    return {
+        "study": {"name": "pair"},
+        "model": {
+            "vocab_size": 288, "width": 16, "num_layers": 2, "num_heads": 2, "max_sequence_length": 64,
+            "init_std": 0.1, "first_dense_layers": 1,
+            "moe": {"num_experts": 4, "experts_per_token": 2, "expert_hidden": 16},
+        },
+        "data": {
+            "tokenizer": "symbols",
+            "sources": {
+                "knowledge": {"kind": "knowledge", "entities": 40, "test_entities": 8},
+                "reasoning": {"kind": "reasoning", "problems": 40, "test_problems": 8},
+            },
+        },
+        "train": {
+            "steps": 12, "batch_size": 8, "sequence_length": 16, "learning_rate": 1e-2, "log_every": 1,
+            "checkpoint_every": 4,
+        },
+        "evaluation": {"points": 2, "examples": 8, "validation_rows": 8, "batch_size": 8},
+        "members": {"E4": {}},
+    }
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("config") / "pair.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def start(config: pathlib.Path, workdir: pathlib.Path, *flags: str, devices: int) -> subprocess.Popen:
+    """`experiments.run` in a process with so many devices."""
+    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    command = [sys.executable, "-m", "experiments.run", f"--config={config}", f"--workdir={workdir}", *flags]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(*processes: subprocess.Popen) -> list[int]:
+    """Their exit statuses; what they said, if pytest shows it."""
+    try:
+        for number, process in enumerate(processes):
+            print(f"process {number}:", process.communicate(timeout=300)[0], sep="\n")
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes]
+
+
+def start_two(config: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[subprocess.Popen]:
+    """Two processes with two devices each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    ours = (f"--coordinator_address={address}", "--num_processes=2", "--mesh=expert=2", *flags)
+    return [start(config, workdir, *ours, f"--process_id={process}", devices=2) for process in range(2)]
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "E4" / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(found, expected):
+    """Numbers to 1e-4 (of 12 steps of training), all else equal."""
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for here, there in zip(found, expected, strict=True):
+        for name, value in there.items():
+            assert here[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (there["step"], name)
+
+
+@pytest.fixture(scope="module")
+def of_one(config, tmp_path_factory) -> pathlib.Path:
+    """The folder of the study as one process with one device trains it."""
+    workdir = tmp_path_factory.mktemp("one")
+    assert ended(start(config, workdir, devices=1)) == [0]
+    return workdir
+
+
+def test_two_processes_train_the_run_of_one_and_one_goes_on_with_it(config, of_one, tmp_path):
+    """Stopped by a signal to one of them, at the same step; then one process goes on. Metrics and records agree."""
+    processes = start_two(config, tmp_path)
+    log = tmp_path / "E4" / "metrics.jsonl"
+    for line in processes[0].stdout:
+        print(line, end="")
+        if log.exists() and log.read_text().count("\n") >= 2:
+            processes[1].send_signal(signal.SIGTERM)
+            break
+    assert ended(*processes) == [75, 75]
+    steps = [line["step"] for line in metrics(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert 2 <= len(steps) < 12
+
+    assert ended(start(config, tmp_path, devices=1)) == [0]
+    assert_close(metrics(tmp_path), metrics(of_one))
+    names = sorted(path.name for path in (of_one / "E4" / "records").iterdir())
+    assert sorted(path.name for path in (tmp_path / "E4" / "records").iterdir()) == names
+    for name in names:
+        here, there = (json.loads((folder / "E4" / "records" / name).read_text()) for folder in (tmp_path, of_one))
+        if "loss" in there:
+            assert here["loss"] == pytest.approx(there["loss"], rel=1e-3), name

@@ -1,0 +1,76 @@
+"""Reading onto a mesh and writing from one: run by `test_huggingface_mesh.py` in a process with 8 devices."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmoe.config import ConfigError, MeshConfig, ModelConfig, MoEConfig
+from jaxmoe.interop.huggingface import load_pretrained, save_pretrained
+from jaxmoe.models import Decoder
+
+TOKENS = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
+MODELS = {
+    "mixtral": ModelConfig(
+        vocab_size=64, width=32, num_layers=5, num_heads=4, num_kv_heads=2, init_std=0.2,
+        moe=MoEConfig(num_experts=8, experts_per_token=2, expert_hidden=24),
+    ),
+    "deepseek": ModelConfig(
+        vocab_size=64, width=32, num_layers=2, num_heads=4, init_std=0.2, first_dense_layers=1, dense_hidden=40,
+        moe=MoEConfig(
+            num_experts=8, experts_per_token=2, expert_hidden=24, shared_expert_hidden=48,
+            score_order="softmax_then_topk", renormalize=False,
+        ),
+    ),
+}  # fmt: skip
+MESHES = {
+    "fsdp": MeshConfig(fsdp=8),
+    "fsdp and expert": MeshConfig(fsdp=2, expert=4),
+    "a mesh of jax's": jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("expert", "data")),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Each model, and the folder that it was written to."""
+    made = {}
+    for name, config in MODELS.items():
+        model = nnx.jit(lambda config=config: Decoder(config, rngs=nnx.Rngs(0)))()
+        folder = tmp_path_factory.mktemp(name)
+        save_pretrained(model, folder, shard_bytes=100_000)
+        made[name] = model, folder
+    return made
+
+
+def assert_spread(model: Decoder, spread: Decoder, parts: int):
+    """Equal parameters, and no device has more than its part of the experts'."""
+    found = dict(nnx.to_flat_state(nnx.state(spread)))
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        np.testing.assert_array_equal(found[path][...], leaf[...], err_msg=str(path))
+    experts = next(leaf[...] for path, leaf in found.items() if path[-2:] == ("mlp", "gate_up") and leaf.ndim == 4)
+    assert {shard.data.size for shard in experts.addressable_shards} == {experts.size // parts}
+
+
+@pytest.mark.parametrize(("mesh", "parts"), [("fsdp", 8), ("a mesh of jax's", 4)])
+def test_scanned_layers_are_spread(saved, mesh, parts):
+    model, folder = saved["mixtral"]
+    assert_spread(model, load_pretrained(folder, mesh=MESHES[mesh]).decoder, parts)
+
+
+def test_a_mesh_gives_the_same_logits_and_the_same_files(saved, tmp_path):
+    model, folder = saved["deepseek"]
+    spread = load_pretrained(folder, mesh=MESHES["fsdp and expert"])
+    assert_spread(model, spread.decoder, 8)
+    logits = load_pretrained(folder)(TOKENS)
+    np.testing.assert_allclose(spread(TOKENS), logits, atol=2e-5 * np.abs(logits).max())
+    save_pretrained(spread, tmp_path, shard_bytes=100_000)
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == sorted(path.name for path in tmp_path.iterdir())
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_a_mesh_with_other_axes_is_refused(saved):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("model",))
+    with pytest.raises(ConfigError, match="mesh has the axes model; choose of data, fsdp"):
+        load_pretrained(saved["mixtral"][1], mesh=mesh)

@@ -1,0 +1,214 @@
+"""The routed layer and its exchange on eight devices, against one. Started by `test_expert_parallel.py`.
+
+P devices, E experts, K experts per token, D width.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+
+from jaxmoe.config import MESH_AXES
+from jaxmoe.layers import MoE
+from jaxmoe.layers.exchange import exchange
+from jaxmoe.layers.expert_parallel import agreed_slices, received_rows_bound
+from jaxmoe.sharding import Partitioning, use_partitioning
+
+WIDTH, HIDDEN = 8, 4
+
+
+@functools.cache
+def partitioning(**sizes: int) -> Partitioning:
+    kinds = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    return Partitioning(jax.make_mesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES, axis_types=kinds))
+
+
+@functools.cache
+def make_moe(**settings) -> MoE:
+    sizes = {"num_experts": 8, "experts_per_token": 2, "expert_hidden": HIDDEN, "init_std": 0.7}
+    return MoE(WIDTH, rngs=nnx.Rngs(0), **(sizes | settings))
+
+
+@functools.cache
+def compiled(moe: MoE, spread: Partitioning | None):
+    """Outputs, statistics, and gradients with respect to parameters and tokens."""
+    definition, _ = nnx.split(moe)
+
+    def loss(params, x, mask, cotangent):
+        y, statistics = nnx.merge(definition, params)(x, mask)
+        total = jnp.vdot(y, cotangent) + 0.1 * statistics.z_sum + jnp.sum(statistics.probability_sum**2)
+        return total, (y, statistics)
+
+    def traced(*arguments):
+        with use_partitioning(spread):
+            return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arguments)
+
+    return jax.jit(traced)
+
+
+def tokens(*leading: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens, and the gradient of what is made of them."""
+    return tuple(jax.random.normal(jax.random.key(seed), (*leading, WIDTH)) for seed in (1, 2))
+
+
+def assert_equal_on_both(moe, spread, x, mask, cotangent, params=None):
+    params = nnx.state(moe) if params is None else params
+    expected = compiled(moe, None)(params, x, mask, cotangent)
+    actual = compiled(moe, spread)(params, x, mask, cotangent)
+    (_, (y, statistics)), _ = expected
+    (_, (own_y, own_statistics)), _ = actual
+    np.testing.assert_allclose(own_y, y, rtol=1e-5, atol=1e-5)
+    for field in dataclasses.fields(statistics):
+        values = getattr(own_statistics, field.name), getattr(statistics, field.name)
+        np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-5, err_msg=field.name)
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+    return own_statistics
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "leading"),
+    [
+        ({}, {"fsdp": 8}, (8, 4)),
+        (
+            {"experts_per_token": 3, "capacity_factor": 0.7, "expert_overlap": True},
+            {"fsdp": 2, "expert": 2, "tensor": 2},
+            (4, 6),
+        ),
+        ({"capacity_factor": 0.7, "num_experts": 6}, {"data": 2, "expert": 2, "context": 2}, (8, 4)),
+        (
+            {"experts_per_token": 1, "num_experts": 2, "score_order": "softmax_then_topk", "renormalize": False},
+            {"expert": 2, "tensor": 4},
+            (2, 8),
+        ),
+        ({"capacity_factor": 0.6}, {"fsdp": 2, "expert": 2, "tensor": 2}, (5, 1)),
+        ({"expert_overlap": True}, {"expert": 8}, (3,)),
+    ],
+    ids=["fsdp", "overlap_capacity", "context_capacity", "fewer_experts_than_devices", "one_token_a_row", "no_rows"],
+)
+def test_a_mesh_changes_no_number(settings, sizes, leading):
+    """Outputs, statistics, and the gradients of tokens, router and experts, padding among the tokens."""
+    x, cotangent = tokens(*leading)
+    mask = jax.random.uniform(jax.random.key(3), leading) < 0.8
+    statistics = assert_equal_on_both(make_moe(**settings), partitioning(**sizes), x, mask, cotangent)
+    assert statistics.overflowed == 0
+    assert (statistics.dropped > 0) == ("capacity_factor" in settings)
+
+
+@pytest.mark.parametrize("busy", [(), (5, 2), (0, 1), (7, 6)], ids=lambda busy: "-".join(map(str, busy)) or "random")
+def test_experts_without_tokens_and_experts_with_all_of_them(busy):
+    moe, (x, cotangent) = make_moe(), tokens(8, 4)
+    params = nnx.state(moe)
+    if busy:
+        x = jnp.abs(x)
+        columns = jnp.zeros((WIDTH, 8)).at[:, busy[0]].set(2.0).at[:, busy[1]].set(1.0)
+        params = jax.tree.map(lambda p: p, params)
+        params["router"]["weight"][...] = columns
+    statistics = assert_equal_on_both(moe, partitioning(fsdp=2, expert=4), x, jnp.ones((8, 4), bool), cotangent, params)
+    assert not busy or set(np.flatnonzero(statistics.expert_count)) == set(busy)
+
+
+def test_what_finds_no_room_is_counted_and_the_rest_is_exact():
+    """All tokens choose the two experts of one device; it has room for the rows of the first two of four devices."""
+    bounded, exact = make_moe(expert_buffer_factor=2.0), make_moe()
+    (x, cotangent), mask = tokens(8, 4), jnp.ones((8, 4), bool)
+    x = jnp.abs(x)
+    params = jax.tree.map(lambda p: p, nnx.state(exact))
+    params["router"]["weight"][...] = jnp.zeros((WIDTH, 8)).at[:, 4].set(2.0).at[:, 5].set(1.0)
+    (_, (y, statistics)), gradients = compiled(bounded, partitioning(fsdp=2, expert=4))(params, x, mask, cotangent)
+    (_, (expected, _)), _ = compiled(exact, None)(params, x, mask, cotangent)
+    assert statistics.overflowed == 2 * 16
+    assert statistics.dropped == 0
+    for group in (0, 4):  # one row of the batch for each device
+        np.testing.assert_allclose(y[group : group + 2], expected[group : group + 2], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(y[group + 2 : group + 4], 0.0)
+    assert all(np.isfinite(gradient).all() for gradient in jax.tree.leaves(gradients))
+    balanced = jax.random.permutation(jax.random.key(4), jnp.eye(8), axis=1)[:WIDTH]
+    params["router"]["weight"][...] = balanced
+    x = jnp.tile(jnp.eye(WIDTH) + 0.5 * jnp.roll(jnp.eye(WIDTH), 1, axis=1), (4, 1)).reshape(8, 4, WIDTH)
+    assert compiled(bounded, partitioning(fsdp=2, expert=4))(params, x, mask, cotangent)[0][1][1].overflowed == 0
+
+
+P, PER_DEVICE, ROWS, ROOM = 8, 2, 6, 20
+
+
+@jax.jit
+@functools.partial(
+    jax.shard_map,
+    mesh=partitioning(expert=4, tensor=2).mesh,
+    in_specs=PartitionSpec(("expert", "tensor")),
+    out_specs=PartitionSpec(("expert", "tensor")),
+    check_vma=False,
+)
+def there_and_back(group_sizes, rows, cotangent):
+    """What each device receives, of which expert; what comes back; the gradient; what stayed behind."""
+    axes = ("expert", "tensor")
+    slices, expert, overflowed = agreed_slices(group_sizes[0], ROOM, axes)
+    received, pull_back = jax.vjp(lambda rows: exchange(rows, slices, ROOM, axes), rows[0])
+    back = exchange(received, slices.reversed, ROWS, axes)
+    (gradient,) = pull_back(cotangent[0])
+    return jax.tree.map(lambda array: array[None], (received, expert, back, gradient, overflowed))
+
+
+@st.composite
+def sizes_of_all(draw):
+    """Rows that each device has for each expert, at most ROWS together."""
+    rows = []
+    for _ in range(P):
+        chosen = draw(st.lists(st.integers(0, P * PER_DEVICE - 1), max_size=ROWS))
+        rows.append(np.bincount(np.asarray(chosen, np.int64), minlength=P * PER_DEVICE))
+    return np.asarray(rows, np.int32)
+
+
+def all_to(expert: int) -> np.ndarray:
+    sizes = np.zeros((P, P * PER_DEVICE), np.int32)
+    sizes[:, expert] = ROWS
+    return sizes
+
+
+@settings(max_examples=40)
+@given(sizes=sizes_of_all())
+@example(sizes=all_to(0))
+@example(sizes=all_to(P * PER_DEVICE - 1))
+@example(sizes=np.zeros((P, P * PER_DEVICE), np.int32))
+def test_the_exchange_delivers_by_source_and_expert_and_returns(sizes):
+    """Against a loop over devices; rows are numbered from 1."""
+    rows = 1.0 + np.arange(P * ROWS, dtype=np.float32).reshape(P, ROWS, 1)
+    cotangent = -1.0 - np.arange(P * ROOM, dtype=np.float32).reshape(P, ROOM, 1)
+    expected, gradient = np.zeros((P, ROOM, 1)), np.zeros((P, ROWS, 1))
+    experts, stayed = np.full((P, ROOM), PER_DEVICE), np.zeros(P)
+    filled = np.zeros(P, int)
+    for source in range(P):
+        labels = np.repeat(np.arange(P * PER_DEVICE), sizes[source])
+        for row, label in enumerate(labels):
+            there, local = divmod(label, PER_DEVICE)
+            if filled[there] == ROOM:
+                stayed[source] += 1
+                continue
+            expected[there, filled[there]] = rows[source, row]
+            experts[there, filled[there]] = local
+            gradient[source, row] = cotangent[there, filled[there]]
+            filled[there] += 1
+    received, own_experts, back, own_gradient, overflowed = there_and_back(sizes, rows, cotangent)
+    np.testing.assert_array_equal(received, expected)
+    occupied = np.arange(ROOM) < filled[:, None]
+    np.testing.assert_array_equal(np.where(occupied, own_experts, PER_DEVICE), experts)
+    np.testing.assert_array_equal(back, np.where(gradient != 0, rows, 0))
+    np.testing.assert_array_equal(own_gradient, gradient)
+    np.testing.assert_array_equal(overflowed, stayed)
+
+
+def test_the_buffer_holds_what_could_come_or_a_multiple_of_the_mean():
+    assert received_rows_bound(tokens=16, k=2, num_experts=8, devices=4, factor=None) == 4 * 16 * 2
+    assert received_rows_bound(tokens=16, k=8, num_experts=8, devices=4, factor=None) == 4 * 16 * 2
+    assert received_rows_bound(tokens=16, k=3, num_experts=8, devices=4, factor=1.25) == 60
+    assert received_rows_bound(tokens=16, k=2, num_experts=8, devices=4, factor=100.0) == 4 * 16 * 2

@@ -1,0 +1,149 @@
+"""The fit check: plans for devices that are not here, by the compilers that would be used there."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from experiments.flags import load_config
+from jaxmoe.config import ConfigError, MeshConfig
+from jaxmoe.models import preset
+from jaxmoe.scaling import Study
+from jaxmoe.scaling.fit import _parsed_bytes, _refused_peak, check_fit, memory_limit
+from jaxmoe.scaling.fit_report import describe_fit
+from jaxmoe.scaling.fit_search import expected_bytes, plans_of
+from jaxmoe.scaling.topologies import GIB, describe_topology
+
+
+def topology_of(name, slices=1):
+    """The topology; the test is skipped where its compiler is not installed."""
+    try:
+        return describe_topology(name, slices)
+    except ConfigError as error:
+        if "is not at hand" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def member(name, **mesh):
+    run = Study.from_config_dict(load_config("paper_math.py")).member(name).config
+    return dataclasses.replace(run, mesh=MeshConfig(**mesh))
+
+
+def small(run, **train):
+    """Two narrow layers and short rows, for a quick compilation."""
+    moe = dataclasses.replace(run.model.moe, expert_hidden=256)
+    model = dataclasses.replace(
+        run.model, num_layers=2, width=256, num_heads=2, vocab_size=1024, max_sequence_length=256, moe=moe
+    )
+    train = dataclasses.replace(run.train, batch_size=8, sequence_length=256, **train)
+    return dataclasses.replace(run, model=model, train=train)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:2x2", "unknown chip 'v9'. Known: v4, v5e, v5p, v6e, tpu7x, h100, h200"),
+        ("v5p", "no shape can be read after the chip. A topology is written like v5e:4x4"),
+        ("v5e:2x2x2", "v5e has 2 directions, 2x2 or more"),
+        ("v5p:1x1x1", "v5p has 3 directions, 2x2x1 or more"),
+        ("h100:12", "up to 8 GPUs, or a multiple of them"),
+    ],
+)
+def test_unknown_topologies_say_what_there_is(name, message):
+    with pytest.raises(ConfigError) as caught:
+        describe_topology(name)
+    assert message in str(caught.value)
+
+
+def test_slices_of_tpus():
+    topology = topology_of("v5p:2x2x1", slices=2)
+    assert [device.slice_index for device in topology.devices] == [0] * 4 + [1] * 4
+
+
+def test_what_the_compiler_says_of_memory():
+    message = "Ran out of memory in memory space hbm. Used 114.20G of 95.74G hbm. Exceeded hbm capacity by 18.46G."
+    assert _refused_peak(message) == round(114.2 * GIB)
+    assert _refused_peak("something else") is None
+    assert _parsed_bytes("512.00M") == 512 << 20
+    assert 15 * GIB < memory_limit(topology_of("v5e:2x2")) <= 16 * GIB
+
+
+def test_a_step_on_a_tpu_slice():
+    run = dataclasses.replace(small(member("d512-E8-k2")), mesh=MeshConfig(fsdp=2, expert=2))
+    fit = check_fit(run, topology_of("v5e:2x2"))
+    assert fit.fits
+    assert fit.peak >= fit.arguments > 0
+    kinds = {exchange.kind for exchange in fit.exchanges}
+    assert "ragged-all-to-all" in kinds
+    assert all(exchange.between_slices == 0 for exchange in fit.exchanges)
+    assert 0.7 < fit.operations.total / fit.model_flops < 2
+    assert fit.operations.unknown_loops == 0
+    assert "fits" in describe_fit(fit)
+    summary = json.loads(json.dumps(fit.summary()))
+    assert summary["mesh"] == {"fsdp": 2, "expert": 2}
+    assert summary["estimate"]["label"] == "estimate at peak rates, not a measurement"
+
+
+def test_bytes_between_slices():
+    run = dataclasses.replace(small(member("d512-E8-k2")), mesh=MeshConfig(data=2, slices=2, fsdp=2, expert=2))
+    fit = check_fit(run, topology_of("v5e:2x2", slices=2))
+    assert sum(exchange.between_slices for exchange in fit.exchanges) > 0
+    assert sum(exchange.between_slices for exchange in fit.exchanges) < sum(each.bytes for each in fit.exchanges)
+
+
+def test_a_decode_step_on_gpus():
+    run = dataclasses.replace(small(member("d512-E8-k2")), mesh=MeshConfig(fsdp=2, expert=2))
+    fit = check_fit(run, topology_of("h100:4"), what="decode", rows=8, length=128)
+    assert fit.fits
+    assert (fit.tokens, fit.limit) == (8, 80 * 10**9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "topology", "mesh"),
+    [
+        ("d2048-E128-k16", "v5p:4x4x4", {"fsdp": 8, "expert": 8}),
+        ("olmoe", "v5p:4x4x4", {"fsdp": 16, "expert": 4}),
+    ],
+)
+def test_the_largest_member_and_one_like_olmoe_compile(name, topology, mesh):
+    run = member("d2048-E128-k16" if name != "olmoe" else "d2048-E64-k8", **mesh)
+    model = run.model if name != "olmoe" else dataclasses.replace(preset("olmoe-1b-7b"), compute_dtype="bfloat16")
+    model = dataclasses.replace(model, remat="full")
+    train = dataclasses.replace(run.train, gradient_accumulation=8)
+    fit = check_fit(dataclasses.replace(run, model=model, train=train), topology_of(topology))
+    assert fit.fits
+    assert fit.operations.total / fit.model_flops < 2
+
+
+def test_a_mesh_that_does_not_fit_is_refused_first():
+    with pytest.raises(ConfigError, match="makes 8 devices, and there are 4"):
+        check_fit(member("d512-E8-k2", fsdp=8), topology_of("v5e:2x2"))
+    with pytest.raises(ConfigError, match="num_experts=8"):
+        check_fit(member("d512-E8-k2", expert=16), topology_of("v5e:4x4"))
+
+
+def test_plans_divide_the_model_and_the_batch():
+    plans = list(plans_of(member("d512-E8-k2"), topology_of("v5p:2x2x1")))
+    assert {(plan.mesh.fsdp, plan.mesh.expert) for plan in plans} == {(4, 1), (2, 2), (1, 4)}
+    assert {plan.model.remat for plan in plans} == {"none", "dots", "full"}
+    fewer = [plan for plan in plans if plan.train.gradient_accumulation == 64 and plan.model.remat == "full"]
+    assert max(map(expected_bytes, fewer)) < min(
+        expected_bytes(plan) for plan in plans if plan.train.gradient_accumulation == 1 and plan.model.remat == "none"
+    )
+
+
+def test_the_command_needs_a_member_and_a_topology():
+    def run(*arguments):
+        command = [sys.executable, "-m", "experiments.fit_check", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run("--config=paper_math.py", "--topology=v5e:2x2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--member is missing: paper_math has 65" in done.stderr
+    done = run("--config=paper_math.py:d512-E8-k2")
+    assert done.returncode == 2
+    assert "--topology is missing; for example one of v5e:4x4" in done.stderr
