@@ -44,6 +44,7 @@ def run_to_status(
     *,
     member: str | None = None,
     resume: str = "auto",
+    strict_restore: bool = False,
     command: str | None = None,
     progress: ProgressReporter | None = None,
 ) -> int:
@@ -55,7 +56,7 @@ def run_to_status(
       study: its members.
       workdir: its folder, local or gs://.
       member: train this one alone.
-      resume, command, progress: as for `jaxmoe.scaling.run_study`.
+      resume, strict_restore, command, progress: as for `jaxmoe.scaling.run_study`.
     """
     from jaxmoe.processes import is_first
     from jaxmoe.scaling.runner import run_study
@@ -63,7 +64,10 @@ def run_to_status(
 
     log_to_terminal()
     with _ending_together(), reuse_freed_memory(), StopRequest(second="exit") as stop:  # before JAX starts its threads
-        outcome = run_study(study, workdir, only=member, resume=resume, progress=progress, command=command, stop=stop)
+        outcome = run_study(
+            study, workdir, only=member, resume=resume, strict_restore=strict_restore, progress=progress,
+            command=command, stop=stop,
+        )  # fmt: skip
     if not is_first():
         return {"resumable": RESUMABLE, "failed": 1, "done": 0}[outcome.status]
     if outcome.status == "resumable":

@@ -23,7 +23,7 @@ from typing import Literal
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
-from jaxmoe.evaluation import checkpoint_context, evaluate_all, set_aside, write_records
+from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, set_aside, write_records
 from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
 from jaxmoe.scaling.preflight import Resume, preflight
@@ -101,6 +101,7 @@ def run_study(
     *,
     only: str | None = None,
     resume: Resume = "auto",
+    strict_restore: bool = False,
     progress: ProgressReporter | None = None,
     command: str | None = None,
     stop: StopRequest | None = None,
@@ -113,6 +114,7 @@ def run_study(
       only: train this member alone.
       resume: `force` goes on in folders of another configuration, from the checkpoints that are there. A finished
         member stays what it was trained as: it may be evaluated otherwise, or trained for more steps.
+      strict_restore: a damaged checkpoint ends its member with an error, instead of being set aside.
       progress: to report to; None makes one that writes to stderr.
       command: how a person would start this, for `study.json`.
       stop: asks to stop; None: SIGTERM and SIGINT do, while this call lasts.
@@ -128,7 +130,7 @@ def run_study(
     members = study.members if only is None else (study.member(only),)
     with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
         try:
-            return _run_members(study, members, workdir, resume, progress, command, stop)
+            return _run_members(study, members, workdir, resume, strict_restore, progress, command, stop)
         except ConfigError as error:
             if only is not None and is_first() and workdir.is_dir():
                 record_end(workdir / only, "failed", str(error))
@@ -140,6 +142,7 @@ def _run_members(
     members: Sequence[Member],
     workdir: epath.Path,
     resume: Resume,
+    strict_restore: bool,
     progress: ProgressReporter | None,
     command: str | None,
     stop: StopRequest,
@@ -159,7 +162,7 @@ def _run_members(
             if stop.requested is not None and not is_done(workdir / member.name, member):
                 logger.info("stopped by %s before %s; run again to go on", stop.requested, member.name)
                 break
-            result = _attempt(member, workdir, study.name, resume, progress, cache_dir, stop)
+            result = _attempt(member, workdir, study.name, resume, strict_restore, progress, cache_dir, stop)
             results.append(result)
             if result.status == "skipped":
                 progress.note(f"{member.name}: done before, skipped")
@@ -177,6 +180,7 @@ def run_member(
     *,
     study_name: str | None = None,
     resume: Resume = "auto",
+    strict_restore: bool = False,
     progress: ProgressReporter | None = None,
     cache_dir: str | os.PathLike | None = None,
     stop: StopRequest | None = None,
@@ -187,7 +191,7 @@ def run_member(
       member: of a study.
       study_dir: the study's folder; the member's is in it.
       study_name: for the records; None: the folder's name.
-      resume, progress: as in `run_study`.
+      resume, strict_restore, progress: as in `run_study`.
       cache_dir: where tokenized text is kept if the configuration does not say.
       stop: asks to stop; None: SIGTERM and SIGINT do, while this call trains.
 
@@ -211,15 +215,17 @@ def run_member(
         if moved:
             logger.info("%s: %d records of an earlier configuration are in earlier_records now", member.name, moved)
 
-    def evaluate(context: EvaluationContext) -> None:
+    def evaluate(context: EvaluationContext) -> dict[str, float | None]:
         records = evaluate_all(context, labels)
         if is_first():
             set_aside_once()
             write_records(directory, records)
+        return named_numbers(records)
 
     result = train(
-        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume, stop=stop
-    )
+        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume,
+        strict_restore=strict_restore, stop=stop,
+    )  # fmt: skip
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
     if not of_first(_has_records(directory, member.config)):
@@ -247,6 +253,7 @@ def _attempt(
     workdir: epath.Path,
     study_name: str,
     resume: Resume,
+    strict_restore: bool,
     progress: ProgressReporter,
     cache_dir: str | None,
     stop: StopRequest,
@@ -254,7 +261,7 @@ def _attempt(
     """`run_member`, with what goes wrong as a result, and with signs of life in the member's folder."""
     writes = is_first() and not is_done(workdir / member.name, member)
     with Heartbeat(workdir / member.name, progress, write=writes) as heartbeat:
-        result = _outcome(member, workdir, study_name, resume, progress, cache_dir, stop)
+        result = _outcome(member, workdir, study_name, resume, strict_restore, progress, cache_dir, stop)
         heartbeat.ended("preempted" if result.status == "resumable" else result.status, result.error)
     return result
 
@@ -264,6 +271,7 @@ def _outcome(
     workdir: epath.Path,
     study_name: str,
     resume: Resume,
+    strict_restore: bool,
     progress: ProgressReporter,
     cache_dir: str | None,
     stop: StopRequest,
@@ -271,8 +279,9 @@ def _outcome(
     """`run_member`, with what goes wrong as a result."""
     try:
         return run_member(
-            member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
-        )
+            member, workdir, study_name=study_name, resume=resume, strict_restore=strict_restore, progress=progress,
+            cache_dir=cache_dir, stop=stop,
+        )  # fmt: skip
     except (ConfigError, NonFiniteLossError, LossSpikeError, BufferOverflowError) as error:  # of all processes
         return MemberResult(member.name, "failed", error=str(error))
     except Exception as error:
