@@ -58,6 +58,7 @@ class Kill:
       status: exit status of the process, negative if the signal ended it.
       unfinished: name of the checkpoint whose writing it cut off; None if it cut off none.
       newest: step of the newest complete checkpoint now, from which the next process goes on; None: the beginning.
+      start: seconds from the process's readiness to its first step; None if there was none.
     """
 
     plan: Plan
@@ -65,6 +66,7 @@ class Kill:
     status: int
     unfinished: str | None
     newest: int | None
+    start: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,11 @@ class MemberProcess:
         self.first_step_at: float | None = None
         self.seen: int | None = None
 
+    @property
+    def start(self) -> float | None:
+        """Seconds from its readiness to its first step; None before that."""
+        return None if self.first_step_at is None else self.first_step_at - self.ready_at
+
     def wait_until(self, reached: Callable[[], bool], poll_seconds: float | None = None) -> bool:
         """Returns when `reached()`, asked after every report and every `poll_seconds`, is true; False at the end."""
         while not reached():
@@ -156,10 +163,10 @@ def train_to_end(study: Study, member: str, workdir: str, log: pathlib.Path) -> 
     with MemberProcess(study, member, workdir, log) as process:
         status = process.finish()
     ended = time.monotonic()
-    if process.first_step_at is None:
+    if process.start is None:
         return status, None
     step = (ended - process.first_step_at) / process.seen
-    return status, Pace(start=process.first_step_at - process.ready_at, step=step, whole=ended - started)
+    return status, Pace(start=process.start, step=step, whole=ended - started)
 
 
 def train_until_killed(study: Study, member: str, workdir: str, log: pathlib.Path, plan: Plan, pace: Pace) -> Kill:
@@ -182,6 +189,7 @@ def train_until_killed(study: Study, member: str, workdir: str, log: pathlib.Pat
         # What an earlier kill had left is cleared away before the first step.
         unfinished=None if process.seen is None else unfinished_checkpoint(directory),
         newest=newest_checkpoint(directory),
+        start=process.start,
     )
 
 

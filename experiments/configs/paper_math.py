@@ -139,6 +139,8 @@ def model_section() -> dict[str, Any]:
             "router_z_coefficient": 1e-3,  # [scripts]
             "auxiliary_reduction": "sum",  # over layers [code]
             "capacity_factor": None,  # dropless [scripts]
+            "expert_buffer_factor": 2.0,  # where experts are spread: room for twice the mean [ours], and
+            "strict_buffer": True,  # a step that would need more is not applied, and stops the run [ours]
         },
     }
 

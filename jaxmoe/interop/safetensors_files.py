@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 """Floating-point dtypes by their names in a header; others (quantized weights) are not read."""
 _LONGEST_HEADER = 100_000_000
+_NAMED_BY_US = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 class TensorFileError(ConfigError):
@@ -244,6 +246,8 @@ def write_tensors(
 ) -> list[str]:
     """Writes tensors to one safetensors file, or to several with an index, one block of one tensor after the other.
 
+    Such files of an earlier checkpoint in the folder are removed, so that none is taken for part of this one.
+
     Args:
       folder: to write to; it is there.
       tensors: in this order.
@@ -265,6 +269,10 @@ def write_tensors(
         filled += size
     count = len(shards)
     files = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    (folder / INDEX_FILE).unlink(missing_ok=True)
+    for earlier in folder.glob("model*.safetensors"):
+        if earlier.name not in files and _NAMED_BY_US.fullmatch(earlier.name):
+            earlier.unlink()
     for file, shard in zip(files, shards, strict=True):
         _write_file(folder / file, shard, dtype)
     if count > 1:

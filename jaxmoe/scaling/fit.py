@@ -10,7 +10,6 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,6 +19,7 @@ from flax import nnx
 from jaxmoe.accounting import flops_per_token
 from jaxmoe.config import MeshConfig, RunConfig
 from jaxmoe.config.mesh import check_mesh
+from jaxmoe.layers.expert_parallel import expert_axes
 from jaxmoe.models import init_cache
 from jaxmoe.scaling.program import Exchange, Operations, count_operations, exchanges
 from jaxmoe.scaling.topologies import GIB, Topology
@@ -43,7 +43,9 @@ class Fit:
       limit: bytes of a device that programs may have.
       arguments, outputs, temporaries, peak: bytes of a device; None where a TPU program was refused, of which the
         compiler tells the peak alone.
-      operations: executed on all devices in one step, None where refused.
+      operations: executed on all devices in one step, None where refused; with room in the experts' receive buffers
+        taken as full.
+      room: rows that an expert device has room for, over those of a balanced routing; 1 without an exchange.
       model_flops: those of the model's matrix products for the step's tokens (recomputation is not counted).
       exchanges: collectives of one device in one step.
       tokens: of one step.
@@ -65,6 +67,7 @@ class Fit:
     outputs: int | None
     temporaries: int | None
     operations: Operations | None
+    room: float
     model_flops: int
     exchanges: tuple[Exchange, ...]
     tokens: int
@@ -76,6 +79,11 @@ class Fit:
         """Bytes of a device that are left; negative where they are missing."""
         return self.limit - self.peak
 
+    @property
+    def balanced_operations(self) -> float:
+        """`operations` where every expert device receives as many rows."""
+        return self.operations.products + self.operations.kernels + self.operations.experts / self.room
+
     def summary(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = dataclasses.asdict(self)
@@ -83,7 +91,9 @@ class Fit:
         values["headroom"] = self.headroom
         if self.operations is not None:
             values["operations"] = self.operations.total
+            values["balanced_operations"] = self.balanced_operations
             values["operations_over_model_flops"] = self.operations.total / self.model_flops
+            values["balanced_operations_over_model_flops"] = self.balanced_operations / self.model_flops
             values["unknown_loops"] = self.operations.unknown_loops
         if self.estimate is not None:
             values["estimate"] = self.estimate.summary(self)
@@ -96,8 +106,9 @@ class StepTime:
 
     $t = \max(F / (n \cdot \text{flops}), (A + O + 2T) / \text{bandwidth}, X / \text{interconnect} + Y /
     \text{network})$ with F operations executed on n devices, A, O, T bytes of arguments, outputs and temporaries (every
-    temporary written and read once), X and Y bytes received within a slice and between slices. It assumes that the
-    three overlap perfectly and that kernels run at peak: a bound, of which real steps reach a part.
+    temporary written and read once), X and Y bytes received within a slice and between slices; F and X for a balanced
+    routing. It assumes that the three overlap perfectly and that kernels run at peak: a bound that no real step
+    reaches.
     """
 
     compute: float
@@ -122,7 +133,7 @@ class StepTime:
             "bound": self.bound,
             **dataclasses.asdict(self),
             "tokens_per_second": fit.tokens / self.seconds,
-            "mfu": fit.model_flops / (fit.operations.total / self.compute * self.seconds) if self.compute else 0.0,
+            "mfu": fit.model_flops / (fit.balanced_operations / self.compute * self.seconds) if self.compute else 0.0,
         }
 
 
@@ -158,7 +169,7 @@ def check_fit(
         "member": run.name, "topology": topology.name, "mesh": config, "what": what, "remat": run.model.remat,
         "gradient_accumulation": run.train.gradient_accumulation, "devices": len(topology.devices),
         "model_flops": (cost.training if what == "train" else cost.forward) * tokens, "tokens": tokens,
-        "limit": memory_limit(topology),
+        "limit": memory_limit(topology), "room": _room(run, partitioning),
     }  # fmt: skip
     try:
         compiled = lowered.compile()
@@ -178,24 +189,38 @@ def check_fit(
     if topology.chip.platform == "cuda":
         slice_of = [device.id // 8 for device in partitioning.mesh.devices.flat]
     found = tuple(exchanges(compiled.as_text(), slice_of))
-    operations = count_operations(traced.jaxpr)
-    return Fit(
+    fit = Fit(
         **common, fits=peak <= common["limit"], peak=peak, arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes, temporaries=memory.temp_size_in_bytes, operations=operations,
-        exchanges=found, compile_seconds=time.perf_counter() - started,
-        estimate=_step_time(topology, memory, operations, found),
+        outputs=memory.output_size_in_bytes, temporaries=memory.temp_size_in_bytes,
+        operations=count_operations(traced.jaxpr), exchanges=found, compile_seconds=time.perf_counter() - started,
+        estimate=None,
     )  # fmt: skip
+    return dataclasses.replace(fit, estimate=_step_time(fit, topology))
 
 
-def _step_time(topology: Topology, memory: Any, operations: Operations, found: Sequence[Exchange]) -> StepTime:
+def _room(run: RunConfig, partitioning: Partitioning) -> float:
+    """Rows of a receive buffer over those of a balanced routing (docs/distributed.md)."""
+    if not run.model.num_moe_layers:
+        return 1.0
+    moe = run.model.moe
+    group = partitioning.size(*expert_axes(partitioning, moe.num_experts))
+    if group == 1:
+        return 1.0
+    if moe.expert_buffer_factor is not None:
+        return moe.expert_buffer_factor
+    return group * min(moe.experts_per_token, moe.num_experts // group) / moe.experts_per_token
+
+
+def _step_time(fit: Fit, topology: Topology) -> StepTime:
     chip = topology.chip
-    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * memory.temp_size_in_bytes
-    between = sum(exchange.between_slices for exchange in found)
-    within = sum(exchange.bytes for exchange in found) - between
+    # Half of the ragged exchanges fill the receive buffer, half bring as many rows home as were sent.
+    filled = {"ragged-all-to-all": 2 / (1 + fit.room)}
+    received = sum(exchange.bytes * filled.get(exchange.kind, 1.0) for exchange in fit.exchanges)
+    between = sum(exchange.between_slices for exchange in fit.exchanges)
     return StepTime(
-        compute=operations.total / len(topology.devices) / chip.flops,
-        memory=moved / chip.bandwidth,
-        exchange=within / chip.interconnect + between / chip.network,
+        compute=fit.balanced_operations / fit.devices / chip.flops,
+        memory=(fit.arguments + fit.outputs + 2 * fit.temporaries) / chip.bandwidth,
+        exchange=(received - between) / chip.interconnect + between / chip.network,
     )
 
 

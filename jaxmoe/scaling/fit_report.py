@@ -21,11 +21,13 @@ def describe_fit(fit: Fit, *, brief: bool = False) -> str:
         f"memory of a device: {_gib(fit.peak)} of {_gib(fit.limit)}" + _parts(fit),
     ]
     if fit.operations is not None and fit.estimate is not None:
-        times = fit.operations.total / fit.model_flops
+        kernels = (fit.operations.kernels + fit.operations.experts) / fit.operations.total
+        full = f"; {fit.operations.total / fit.model_flops:.2f} times with full receive buffers" if fit.room > 1 else ""
         unknown = f", {fit.operations.unknown_loops} loops counted once" if fit.operations.unknown_loops else ""
         lines.append(
-            f"operations: {fit.operations.total:.4g} executed, {fit.model_flops:.4g} of the model ({times:.2f} times; "
-            f"{fit.operations.kernels / fit.operations.total:.0%} in Pallas kernels, by their estimates{unknown})"
+            f"operations: {fit.balanced_operations:.4g} executed, {fit.model_flops:.4g} of the model "
+            f"({fit.balanced_operations / fit.model_flops:.2f} times{full}; {kernels:.0%} in Pallas kernels, by their "
+            f"estimates{unknown})"
         )
         for exchange in fit.exchanges:
             between = f", {_gib(exchange.between_slices)} of it between slices" if exchange.between_slices else ""

@@ -36,25 +36,28 @@ class Operations:
 
     Attributes:
       products: of matrix products.
-      kernels: of Pallas kernels, by their own estimates, which count the most tiles that a routing can touch.
+      kernels: of Pallas kernels other than the experts', by their own estimates.
+      experts: of the Pallas kernels of `pallas_kernels`, by their own estimates, which count all rows that there is
+        room for and the most tiles that a routing can touch.
       unknown_loops: loops whose trips the program does not say; each body is counted once.
     """
 
     products: int = 0
     kernels: int = 0
+    experts: int = 0
     unknown_loops: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.products + self.kernels
+        return self.products + self.kernels + self.experts
 
     def __add__(self, other: Operations) -> Operations:
         return Operations(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def times(self, count: int) -> Operations:
         """Of `count` executions."""
-        return Operations(self.products * count, self.kernels * count, self.unknown_loops)
+        return Operations(self.products * count, self.kernels * count, self.experts * count, self.unknown_loops)
 
 
 def count_operations(jaxpr: Any) -> Operations:
@@ -75,8 +78,7 @@ def count_operations(jaxpr: Any) -> Operations:
         elif name == "ragged_dot_general":
             total += Operations(products=_ragged_product(equation))
         elif name == "pallas_call":
-            estimate = equation.params.get("cost_estimate")
-            total += Operations(kernels=0 if estimate is None else int(estimate.flops))
+            total += _kernel(equation)
         elif name == "cond":
             branches = [count_operations(branch) for branch in equation.params["branches"]]
             total += max(branches, key=lambda each: each.total)
@@ -104,6 +106,13 @@ def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
         for each in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(each, "eqns") or hasattr(getattr(each, "jaxpr", None), "eqns"):
                 yield each
+
+
+def _kernel(equation: Any) -> Operations:
+    estimate = equation.params.get("cost_estimate")
+    flops = 0 if estimate is None else int(estimate.flops)
+    name = getattr(equation.params.get("name_and_src_info"), "name", None) or equation.params.get("name") or ""
+    return Operations(experts=flops) if name.endswith(("_tpu", "_gpu")) else Operations(kernels=flops)
 
 
 def _product(equation: Any) -> int:

@@ -24,7 +24,7 @@ from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, set_aside, write_records
-from jaxmoe.processes import is_first, of_first, together
+from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
 from jaxmoe.scaling.preflight import Resume, preflight
 from jaxmoe.scaling.status import is_done, read_done
@@ -33,6 +33,7 @@ from jaxmoe.scaling.study_file import write_study_file
 from jaxmoe.storage import as_path, is_remote, read_json, write_json
 from jaxmoe.training import (
     DONE_FILE,
+    BufferOverflowError,
     EvaluationContext,
     LossSpikeError,
     NonFiniteLossError,
@@ -281,7 +282,7 @@ def _outcome(
             member, workdir, study_name=study_name, resume=resume, strict_restore=strict_restore, progress=progress,
             cache_dir=cache_dir, stop=stop,
         )  # fmt: skip
-    except (ConfigError, NonFiniteLossError, LossSpikeError) as error:
+    except (ConfigError, NonFiniteLossError, LossSpikeError, BufferOverflowError) as error:  # of all processes
         return MemberResult(member.name, "failed", error=str(error))
     except Exception as error:
         if not alone():

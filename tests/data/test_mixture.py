@@ -162,7 +162,7 @@ def test_a_batch_depends_on_the_step_alone(build):
 def test_the_fingerprint_shows_whatever_changes_a_batch(build):
     weights = (1.0, 1.0, 1.0, 1.0, 1.0)
     fingerprint = build(weights).fingerprint
-    assert fingerprint == build(weights, steps=3, host_count=2).fingerprint
+    assert fingerprint == build(weights, steps=3, rows=range(6)).fingerprint
     others = [
         build(weights, seed=1), build(weights, batch_size=10), build(weights, sequence_length=80),
         build((2.0, 1.0, 1.0, 1.0, 1.0)), build(weights[:4]),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import types
 
 import pytest
 
@@ -100,15 +101,18 @@ def test_halves_travel_beside_products():
     assert beside >= 6
 
 
-@pytest.mark.slow
-def test_the_result_is_described():
-    try:
-        rows = collectives.rows_of(TPU)
-    except targets.CompilerMissing as error:
-        pytest.skip(str(error))
-    assert [row["ratio_to_least"] <= collectives.AIM for row in rows] == [True, True]
-    text = collectives.describe({"compiler": "XLA:TPU", "rows": rows})
+def test_the_result_is_described(monkeypatch):
+    """Of a program with one exchange of rows and one of gates, among four devices: T·K = 1024 rows, T = 512."""
+    program = types.SimpleNamespace(as_text=lambda: PROGRAM)
+    monkeypatch.setattr(collectives, "compiled", lambda case, *, gradient: program)
+    forward, both = collectives.rows_of(TPU)
+    assert forward["sent_bytes_per_token"]["rows: ragged-all-to-all"] == 2 * 2048 * 0.75
+    assert forward["exchanged_bytes_per_token"] == pytest.approx(2 * (2048 + 512) * 0.75 + (384 + 8) / 512, abs=0.1)
+    assert forward["least_bytes_per_token"] == 2 * 2 * 2048 * 0.5
+    assert both["ratio_to_least"] == pytest.approx(forward["ratio_to_least"] / 2, abs=1e-3)
+    text = collectives.describe({"compiler": "XLA:TPU", "rows": [forward, both]})
     assert "v5p:2x2x1, 2 fsdp x 2 expert: T=512 D=1024 F=256 E=8 K=2 P=2 bfloat16, forward\n" in text
+    assert "rows: ragged-all-to-all               3,072.0 sent     12,288.0 in buffers" in text
     assert "aim 1.25" in text
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -27,10 +28,10 @@ def get_config():
             },
         },
         "train": {
-            "steps": 12, "batch_size": 8, "sequence_length": 16, "learning_rate": 1e-2, "log_every": 1,
-            "checkpoint_every": 4,
+            "steps": 60, "batch_size": 8, "sequence_length": 16, "learning_rate": 1e-3, "log_every": 1,
+            "checkpoint_every": 20,
         },
-        "evaluation": {"points": 2, "examples": 8, "validation_rows": 8, "batch_size": 8},
+        "evaluation": {"points": 10, "examples": 8, "validation_rows": 8, "batch_size": 8},
         "members": {"E4": {}},
     }
 """
@@ -81,11 +82,11 @@ def metrics(workdir: pathlib.Path) -> list[dict]:
 
 
 def assert_close(found, expected):
-    """Numbers to 1e-4 (of 12 steps of training), all else equal."""
+    """Numbers to 1e-3 (rounding that 60 steps of training have spread), all else equal."""
     assert [line.keys() for line in found] == [line.keys() for line in expected]
     for here, there in zip(found, expected, strict=True):
         for name, value in there.items():
-            assert here[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (there["step"], name)
+            assert here[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (there["step"], name)
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +100,14 @@ def of_one(config, tmp_path_factory) -> pathlib.Path:
 def test_two_processes_train_the_run_of_one_and_one_goes_on_with_it(config, of_one, tmp_path):
     """Stopped by a signal to one of them, at the same step; then one process goes on. Metrics and records agree."""
     processes = start_two(config, tmp_path)
-    log = tmp_path / "E4" / "metrics.jsonl"
-    for line in processes[0].stdout:
-        print(line, end="")
-        if log.exists() and log.read_text().count("\n") >= 2:
-            processes[1].send_signal(signal.SIGTERM)
-            break
+    evaluated = tmp_path / "E4" / "records" / "validation-knowledge-test-00000006.json"
+    while not evaluated.exists() and processes[0].poll() is None:
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
     assert ended(*processes) == [75, 75]
     steps = [line["step"] for line in metrics(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
-    assert 2 <= len(steps) < 12
+    assert 6 <= len(steps) < 60
 
     assert ended(start(config, tmp_path, devices=1)) == [0]
     assert_close(metrics(tmp_path), metrics(of_one))

@@ -96,6 +96,18 @@ def test_a_folder_without_a_config_and_an_unknown_dtype_are_refused(folder):
         read_model_config(folder)
 
 
+def test_a_checkpoint_replaces_one_of_several_files(folder, model):
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "model-of-mine.safetensors").write_bytes(b"")
+    save_pretrained(model, folder, shard_bytes=1000)
+    assert not (folder / "model.safetensors").exists()
+    save_pretrained(model, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "model-of-mine.safetensors", "model.safetensors"
+    ]  # fmt: skip
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
 def test_checkpoints_in_an_object_store(model, bucket):
     save_pretrained(model, f"{bucket}/exported", shard_bytes=1000)
     loaded = load_pretrained(f"{bucket}/exported")

@@ -150,13 +150,13 @@ P, PER_DEVICE, ROWS, ROOM = 8, 2, 6, 20
     check_vma=False,
 )
 def there_and_back(group_sizes, rows, cotangent):
-    """What each device receives, of which expert; what comes back; the gradient; what stayed behind."""
+    """What each device receives, of which expert; what comes back; the gradient; what stayed behind; the slices."""
     axes = ("expert", "tensor")
     slices, expert, overflowed = agreed_slices(group_sizes[0], ROOM, axes)
     received, pull_back = jax.vjp(lambda rows: exchange(rows, slices, ROOM, axes), rows[0])
     back = exchange(received, slices.reversed, ROWS, axes)
     (gradient,) = pull_back(cotangent[0])
-    return jax.tree.map(lambda array: array[None], (received, expert, back, gradient, overflowed))
+    return jax.tree.map(lambda array: array[None], (received, expert, back, gradient, overflowed, slices))
 
 
 @st.composite
@@ -175,13 +175,23 @@ def all_to(expert: int) -> np.ndarray:
     return sizes
 
 
+def as_documented(rows: np.ndarray, offset: np.ndarray, size: np.ndarray, to: np.ndarray, num_rows: int) -> np.ndarray:
+    """What `jax.lax.ragged_all_to_all` promises to do with these arguments, of which row s is device s's."""
+    received = np.zeros((P, num_rows, 1))
+    for source in range(P):
+        for there in range(P):
+            begin, end = offset[source, there], offset[source, there] + size[source, there]
+            received[there, to[source, there] : to[source, there] + end - begin] = rows[source, begin:end]
+    return received
+
+
 @settings(max_examples=40)
 @given(sizes=sizes_of_all())
 @example(sizes=all_to(0))
 @example(sizes=all_to(P * PER_DEVICE - 1))
 @example(sizes=np.zeros((P, P * PER_DEVICE), np.int32))
 def test_the_exchange_delivers_by_source_and_expert_and_returns(sizes):
-    """Against a loop over devices; rows are numbered from 1."""
+    """Against a loop over devices; rows are numbered from 1. So would the ragged exchange, by its documentation."""
     rows = 1.0 + np.arange(P * ROWS, dtype=np.float32).reshape(P, ROWS, 1)
     cotangent = -1.0 - np.arange(P * ROOM, dtype=np.float32).reshape(P, ROOM, 1)
     expected, gradient = np.zeros((P, ROOM, 1)), np.zeros((P, ROWS, 1))
@@ -198,13 +208,19 @@ def test_the_exchange_delivers_by_source_and_expert_and_returns(sizes):
             experts[there, filled[there]] = local
             gradient[source, row] = cotangent[there, filled[there]]
             filled[there] += 1
-    received, own_experts, back, own_gradient, overflowed = there_and_back(sizes, rows, cotangent)
+    received, own_experts, back, own_gradient, overflowed, slices = there_and_back(sizes, rows, cotangent)
+    slices = jax.tree.map(np.asarray, slices)
     np.testing.assert_array_equal(received, expected)
     occupied = np.arange(ROOM) < filled[:, None]
     np.testing.assert_array_equal(np.where(occupied, own_experts, PER_DEVICE), experts)
     np.testing.assert_array_equal(back, np.where(gradient != 0, rows, 0))
     np.testing.assert_array_equal(own_gradient, gradient)
     np.testing.assert_array_equal(overflowed, stayed)
+    there = as_documented(rows, slices.send_offset, slices.send_size, slices.send_to, ROOM)
+    np.testing.assert_array_equal(there, expected)
+    returned = as_documented(expected, slices.receive_offset, slices.receive_size, slices.receive_from, ROWS)
+    np.testing.assert_array_equal(returned, back)
+    np.testing.assert_array_equal(slices.receive_size, slices.send_size.T)
 
 
 def test_the_buffer_holds_what_could_come_or_a_multiple_of_the_mean():

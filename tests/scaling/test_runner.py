@@ -211,12 +211,6 @@ def test_a_checkpoint_of_a_newer_version_is_noticed_before_anything_is_trained(c
     assert (copied / "second" / "unreadable_checkpoints" / "8").is_dir()
 
 
-def test_devices_that_are_not_used_are_mentioned(copied, caplog, monkeypatch):
-    monkeypatch.setattr("jax.device_count", lambda: 4)
-    run_study(study_of(), copied)
-    assert "4 devices are here, and a run uses one of them" in caplog.text
-
-
 def test_force_does_not_relabel_a_finished_member(copied):
     before = contents(copied) | {"config": (copied / "first" / "config.json").read_bytes()}
     with pytest.raises(ConfigError, match="finished run") as error:

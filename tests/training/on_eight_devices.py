@@ -1,19 +1,25 @@
 """A step on a mesh is the step on one device: run by `test_meshes.py` on 8 devices, and in 2 processes with 2 each."""
 
 import dataclasses
+import functools
+import math
 import os
+import re
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxmoe.config import MeshConfig, ModelConfig, MoEConfig, RunConfig
+from jaxmoe.data import load_tokenizer
+from jaxmoe.evaluation import greedy_answers
 from jaxmoe.processes import connect
-from jaxmoe.sharding import make_partitioning, rows_here
+from jaxmoe.sharding import make_partitioning, rows_here, use_partitioning
 from jaxmoe.training.bad_steps import is_bad, judge_bad_step
 from jaxmoe.training.errors import BufferOverflowError
-from jaxmoe.training.state import init_state
+from jaxmoe.training.state import init_state, initial_state, state_shardings
 from jaxmoe.training.step import make_train_step, place_batch
 
 MESHES = {
@@ -114,12 +120,37 @@ def test_a_step_does_not_depend_on_the_mesh_the_micro_batches_and_what_is_recomp
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="of eight devices")
 def test_no_device_holds_more_than_its_part(run):
-    """Parameters and moments are made spread over all devices, norms excepted, and no buffer is larger."""
+    """Parameters and moments are made spread over all devices, norms excepted; no array on the way is larger."""
     partitioning = make_partitioning(MESHES["fsdp_expert"])
     _, state = init_state(run, partitioning)
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    for path, leaf in leaves:
         if leaf.size > 1024:
             assert leaf.addressable_shards[0].data.size * 8 <= leaf.size, jax.tree_util.keystr(path)
+    initialize = functools.partial(initial_state, run.model, run.train, 2)
+    shardings = state_shardings(jax.eval_shape(initialize, jax.random.key(0)), partitioning)
+    with use_partitioning(partitioning):
+        program = jax.jit(initialize, out_shardings=shardings).lower(jax.random.key(0)).compile().as_text()
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"[fu]32\[([\d,]+)\]", program)]
+    assert max(sizes) == max(leaf.size for _, leaf in leaves) // 8
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="of eight devices")
+def test_answers_do_not_depend_on_the_mesh(run):
+    """Generated with a cache, three prompts at a time, which no axis divides."""
+    tokenizer = load_tokenizer("symbols")
+    prompts = [tokenizer.decode(list(range(20, 20 + length))) for length in (3, 4, 6)]
+
+    def answers(mesh):
+        partitioning = None if mesh is None else make_partitioning(mesh)
+        graph, state = init_state(run, partitioning)
+        model = nnx.merge(graph, state.params, state.others)
+        with use_partitioning(partitioning):
+            return greedy_answers(model, prompts, tokenizer, max_new_tokens=6, batch_size=3)
+
+    expected = answers(None)
+    assert answers(MESHES["fsdp_expert_tensor"]) == expected
+    assert any(answer.text for answer in expected)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="of eight devices")

@@ -211,7 +211,7 @@ def save_pretrained(
 
     Args:
       model: from `load_pretrained`, or any `Decoder`.
-      path: of the folder; made if it is not there, files of the same names are replaced.
+      path: of the folder; made if it is not there. A model that it holds is replaced.
       architecture: its model_type; None: the one it was read as, or else the first that fits.
       dtype: of the tensors, `float32` or `bfloat16`; None: as the parameters are held, so that nothing is rounded.
       shard_bytes: of one file, at most; more files get an index.
@@ -236,6 +236,7 @@ def save_pretrained(
         raise ConfigError(f"dtype={dtype!r}; choose one of {', '.join(map(repr, _DTYPE_CODES))}.")
     folder = as_path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # written last: with it the folder is complete
     code = _DTYPE_CODES[dtype]
     tensors = [
         TensorToWrite(

@@ -11,9 +11,10 @@ import sys
 
 import ml_collections
 
+from experiments.selection import select_members
+
 
 def get_config(selection=""):
-    del selection
     _misbehave()
     config = ml_collections.ConfigDict()
     config.study = {"name": "tiny", "title": "Tiny", "held_fixed": {"tokens": 0.0}}
@@ -27,7 +28,7 @@ def get_config(selection=""):
     config.train = {"steps": 12, "batch_size": 4, "sequence_length": 16, "log_every": 10, "checkpoint_every": 1000}
     config.evaluation = {"points": 1, "examples": 8, "validation_rows": 8}
     config.members = {"E2": {"model": {"moe": {"num_experts": 2}}}, "E4": {}}
-    return config
+    return select_members(config, selection)
 
 
 def _misbehave():
