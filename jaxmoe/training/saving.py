@@ -135,6 +135,8 @@ class Saver:
             while self._job is not None and not enough(self._job):
                 self._changed.wait(timeout=0.05)
         stands = "done" if self._job is None else "failing" if self._job.begun is None else "under way"
+        if stands == "failing":
+            self._job.given_up = True  # no attempt begins while the others are told
         if not alone():
             self._decisions += 1
             self._changed.release()  # what the thread is about does not wait for other processes
@@ -190,14 +192,15 @@ class Saver:
                 job.write()
             except Exception as caught:
                 error = caught
-            ends = told_by_all(f"{key}/end", "written" if error is None else first_line(error))
-            if error is None and set(ends) != {"written"}:
-                error = ConnectionError(next(end for end in ends if end != "written"))
+            end = "written" if error is None else "again" if is_storage_fault(error) else "never"
+            ends = told_by_all(f"{key}/end", end)
+            if set(ends) != {"written"}:
+                error = error or ConnectionError("another process could not write its part")
             with self._changed:
                 job.begun, job.error = None, error
                 if error is None:
                     self.last_step, self._missed = job.step, 0
-                elif not is_storage_fault(error):
+                elif "never" in ends:
                     self._failure = self._explained(job.step, error)
                     self._failure.__cause__ = error
                 if error is None or self._failure is not None or job.given_up:
