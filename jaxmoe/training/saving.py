@@ -186,6 +186,8 @@ class Saver:
             if told_by_all(f"{key}/go", "" if job.given_up else "go")[0] != "go":
                 return
             with self._changed:
+                if alone() and job.given_up:
+                    return
                 job.begun = time.monotonic()
             error: Exception | None = None
             try:
