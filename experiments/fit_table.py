@@ -2,9 +2,9 @@
 
     python -m experiments.fit_table --config=experiments/configs/paper_math.py --output=docs/fit_table.md
 
-Every entry is a compilation of one to three minutes on 2 cores, so all 65 members on three chips take hours. Results are
-kept beside the table, in fit_table.json: stopped and called again, the command goes on, and entries that are there are
-not compiled again while the versions of JAX and libtpu are the same. The argument of the configuration narrows the
+Every entry is a compilation of one to three minutes on 2 cores, so all 65 members on three chips take hours. Results
+are kept beside the table, in fit_table.json: stopped and called again, the command goes on, and entries that are there
+are not compiled again while the versions of JAX and libtpu are the same. The argument of the configuration narrows the
 members, `--chips` the chips, and `--limit` how many entries one call compiles.
 """
 
