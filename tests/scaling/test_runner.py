@@ -11,7 +11,7 @@ import pytest
 
 from jaxmoe.config import ConfigError, config_hash
 from jaxmoe.exclusive import exclusive
-from jaxmoe.scaling import MemberResult, Study, StudyResult, preflight, read_records, results_table, run_member, run_study, runner
+from jaxmoe.scaling import Study, StudyResult, preflight, read_records, results_table, run_member, run_study, runner
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
 
 CONFIG = {
@@ -329,8 +329,8 @@ def test_a_mistake_is_told_from_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "train", mistaken)
     result = run_study(study_of(), tmp_path)
     assert (result.status, result.mistaken) == ("failed", True)
-    assert not StudyResult((*result.members, MemberResult("third", "failed", error="lost"))).mistaken
-    assert not StudyResult((MemberResult("third", "done"),)).mistaken
+    assert not StudyResult((*result.members, runner.MemberResult("third", "failed", error="lost"))).mistaken
+    assert not StudyResult((runner.MemberResult("third", "done"),)).mistaken
 
 
 def test_a_full_disk_stops_the_study(tmp_path, monkeypatch):
