@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -68,12 +69,13 @@ class Saver:
         self._missed, self._jobs, self._decisions = 0, 0, 0
         self._key = f"checkpoints/{next(_SAVERS)}"
 
-    def save(self, step: int, begin: Callable[[], Callable[[], None]]) -> bool:
+    def save(self, step: int, begin: Callable[[], Callable[[], None]], *, required: bool = False) -> bool:
         """Has a checkpoint written, after the one before it if that is still under way.
 
         Args:
           step: of the state.
           begin: called now if the checkpoint can be begun; copies the state, and returns what writes it.
+          required: as for the last step: wait as long as the one before it is being written.
 
         Returns:
           Whether it was begun; else storage has not answered for `patience` seconds, and it is missed.
@@ -81,7 +83,7 @@ class Saver:
         Raises:
           CheckpointError: a write failed for good, or too many were missed; NoSpaceLeftError if for want of space.
         """
-        until = time.monotonic() + self._patience
+        until = math.inf if required else time.monotonic() + self._patience
         with self._changed:
             under_way = self._decide(lambda job: job.begun is None or time.monotonic() >= until)
             job = self._job
