@@ -22,7 +22,6 @@ from jaxmoe.training import (
 )
 from jaxmoe.training.checkpoints import _checksum
 
-
 # TensorStore's, on what it cannot read
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
