@@ -72,8 +72,10 @@ def connect(
     elif hosts > 1:
         jax.distributed.initialize()
     elif hosts == 0 and _is_tpu_vm(environment):
-        with contextlib.suppress(ValueError):  # no coordinator: not part of a slice of several hosts
+        try:
             jax.distributed.initialize()
+        except ValueError as error:  # no coordinator: not part of a slice of several hosts
+            logger.info("this TPU VM is taken to be alone: %s", error)
     if jax.distributed.is_initialized():
         logger.info(
             "process %d of %d, with %d of %d devices",

@@ -61,6 +61,7 @@ class MemberResult:
       step, loss: where it stands, nats per token; None where that is not known.
       error: of a failed member.
       fatal: whether the others would fail in the same way, as on a full disk.
+      mistake: whether it failed by a mistake of the user, so that trying again is no use.
     """
 
     name: str
@@ -69,6 +70,7 @@ class MemberResult:
     loss: float | None = None
     error: str | None = None
     fatal: bool = False
+    mistake: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,12 @@ class StudyResult:
         if "failed" in statuses:
             return "failed"
         return "resumable" if statuses & {"resumable", "pending"} else "done"
+
+    @property
+    def mistaken(self) -> bool:
+        """Whether every member that failed did so by a mistake of the user."""
+        failed = [member for member in self.members if member.status == "failed"]
+        return bool(failed) and all(member.mistake for member in failed)
 
     def __str__(self) -> str:
         lines = []
@@ -159,7 +167,7 @@ def _run_members(
         progress.study(sum(member.config.train.steps for member in members), finished)
         for member in members:
             stop.agree()
-            if stop.requested is not None and not is_done(workdir / member.name, member):
+            if stop.requested is not None and not of_first(is_done(workdir / member.name, member)):
                 logger.info("stopped by %s before %s; run again to go on", stop.requested, member.name)
                 break
             result = _attempt(member, workdir, study.name, resume, strict_restore, progress, cache_dir, stop)
@@ -202,7 +210,8 @@ def run_member(
     directory = epath.Path(study_dir) / member.name
     done = read_done(directory)
     if of_first(done is not None and done["config_hash"] == config_hash(member.config)):
-        return MemberResult(member.name, "skipped", done["step"], done["loss"])
+        known = {} if done is None else {"step": done["step"], "loss": done["loss"]}
+        return MemberResult(member.name, "skipped", **known)
     labels = {
         "study": epath.Path(study_dir).name if study_name is None else study_name,
         "arm": member.arm,
@@ -283,7 +292,7 @@ def _outcome(
             cache_dir=cache_dir, stop=stop,
         )  # fmt: skip
     except (ConfigError, NonFiniteLossError, LossSpikeError, BufferOverflowError) as error:  # of all processes
-        return MemberResult(member.name, "failed", error=str(error))
+        return MemberResult(member.name, "failed", error=str(error), mistake=isinstance(error, ConfigError))
     except Exception as error:
         if not alone():
             raise  # the other processes are in the midst of a step, or of a checkpoint, and end with this one

@@ -126,6 +126,7 @@ class Checkpoints:
         *,
         quality: float | None = None,
         first: Callable[[], None] | None = None,
+        required: bool = False,
     ) -> None:
         """Starts to write a checkpoint and returns; `state` may be donated right after.
 
@@ -135,6 +136,7 @@ class Checkpoints:
           metadata: JSON values to keep with it.
           quality: by which the best checkpoints are chosen, smaller is better; None if it was not measured.
           first: called before anything is written, and before every further attempt.
+          required: that it is not missed because the one before it takes long.
 
         Raises:
           CheckpointError: a write failed for good, or too many were missed (see `Saver`); NoSpaceLeftError if for
@@ -152,7 +154,7 @@ class Checkpoints:
 
             return write
 
-        self._saver.save(step, begin)
+        self._saver.save(step, begin, required=required)
 
     def restore(
         self, like: Any, *, strict: bool = False, partial: bool = False, cast: bool = False

@@ -189,7 +189,7 @@ class _Loop:
         try:
             if self._evaluation_due and self._stop.requested is None:
                 self._evaluate()
-            if self._step < train.steps:
+            if self._step < train.steps and self._stop.requested is None:
                 self._train_on()
             with self._watchdog.patient("finishing the last checkpoint"):
                 self._checkpoints.wait()
@@ -210,7 +210,7 @@ class _Loop:
         schedule = SaveSchedule(run.train, evaluations)
         batches = self._mixture.iterator(self._step)
         try:
-            while self._step < steps and self._stop.requested is None:
+            while self._step < steps:
                 batch = place_batch(next(batches), self._partitioning, run.train.batch_size)
                 if self._step in window_starts:
                     self._state = dataclasses.replace(self._state, recent=self._state.recent.cleared())
@@ -224,8 +224,11 @@ class _Loop:
                 self._evaluation_due, self._quality = self._step in evaluations, None
                 if self._evaluation_due and self._stop.requested is None:
                     self._evaluate()
-                if schedule.due(self._step) or self._stop.requested is not None:
-                    self._save(batches.get_state())
+                stopping = self._stop.requested is not None
+                if schedule.due(self._step) or stopping:
+                    self._save(batches.get_state(), required=stopping or self._step == steps)
+                if stopping:
+                    break
         finally:
             batches.close()
 
@@ -273,7 +276,7 @@ class _Loop:
             self._quality = quality(self._run.train, context.training_loss, measured)
         self._evaluation_due = False
 
-    def _save(self, data: Any) -> None:
+    def _save(self, data: Any, *, required: bool) -> None:
         """Starts a checkpoint; everything logged so far is in storage before it can be complete."""
         self._settle()
         rows = self._step * self._run.train.batch_size
@@ -289,7 +292,9 @@ class _Loop:
             "sources": {account.name: {"rows": account.rows, "tokens": account.tokens} for account in accounts},
         }
         with self._watchdog.patient(f"saving step {self._step}"):
-            self._checkpoints.save(self._step, self._state, metadata, quality=self._quality, first=self._log.flush)
+            self._checkpoints.save(
+                self._step, self._state, metadata, quality=self._quality, first=self._log.flush, required=required
+            )
 
     def _settle(self) -> None:
         """Waits for every step in flight."""

@@ -45,7 +45,7 @@ def metrics_line(step: int, metrics: Mapping[str, Any], source_names: Sequence[s
 
     Args:
       step: the number of the update, counted from 1.
-      metrics: of the train step and `param_norm` after it, fetched.
+      metrics: of the train step, fetched; in the steps of `log_every` with the `param_norm` after it.
       source_names: of the mixture, in its order; their losses become `loss/NAME`.
 
     Returns:

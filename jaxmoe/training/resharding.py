@@ -38,7 +38,7 @@ def read_sharding(shape: tuple[int, ...], chunk: tuple[int, ...], wanted: Shardi
 
 
 def elements_read(shape: tuple[int, ...], chunk: tuple[int, ...], sharding: Sharding) -> int:
-    """Elements of all the chunks that the devices of this host read, a chunk counted for each shard that it is in."""
+    """Elements of all the chunks that are read, a chunk counted for each distinct shard that it is in."""
     return sum(
         math.prod(
             min(-(-stop // step) * step, size) - start // step * step
@@ -63,8 +63,8 @@ def _elements_needed(shape: tuple[int, ...], sharding: Sharding) -> int:
 
 
 def _parts(shape: tuple[int, ...], sharding: Sharding) -> set[tuple[tuple[int, int], ...]]:
-    """The distinct shards of this host's devices, as (start, stop) along every axis."""
-    indices = sharding.addressable_devices_indices_map(shape).values()
+    """The distinct shards on all devices, so that every process decides alike, as (start, stop) along every axis."""
+    indices = sharding.devices_indices_map(shape).values()
     return {
         tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True)) for index in indices
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -68,12 +69,13 @@ class Saver:
         self._missed, self._jobs, self._decisions = 0, 0, 0
         self._key = f"checkpoints/{next(_SAVERS)}"
 
-    def save(self, step: int, begin: Callable[[], Callable[[], None]]) -> bool:
+    def save(self, step: int, begin: Callable[[], Callable[[], None]], *, required: bool = False) -> bool:
         """Has a checkpoint written, after the one before it if that is still under way.
 
         Args:
           step: of the state.
           begin: called now if the checkpoint can be begun; copies the state, and returns what writes it.
+          required: as for the last step: wait as long as the one before it is being written.
 
         Returns:
           Whether it was begun; else storage has not answered for `patience` seconds, and it is missed.
@@ -81,7 +83,7 @@ class Saver:
         Raises:
           CheckpointError: a write failed for good, or too many were missed; NoSpaceLeftError if for want of space.
         """
-        until = time.monotonic() + self._patience
+        until = math.inf if required else time.monotonic() + self._patience
         with self._changed:
             under_way = self._decide(lambda job: job.begun is None or time.monotonic() >= until)
             job = self._job
@@ -135,6 +137,8 @@ class Saver:
             while self._job is not None and not enough(self._job):
                 self._changed.wait(timeout=0.05)
         stands = "done" if self._job is None else "failing" if self._job.begun is None else "under way"
+        if stands == "failing":
+            self._job.given_up = True  # no attempt begins while the others are told
         if not alone():
             self._decisions += 1
             self._changed.release()  # what the thread is about does not wait for other processes
@@ -184,20 +188,23 @@ class Saver:
             if told_by_all(f"{key}/go", "" if job.given_up else "go")[0] != "go":
                 return
             with self._changed:
+                if alone() and job.given_up:
+                    return
                 job.begun = time.monotonic()
             error: Exception | None = None
             try:
                 job.write()
             except Exception as caught:
                 error = caught
-            ends = told_by_all(f"{key}/end", "written" if error is None else first_line(error))
-            if error is None and set(ends) != {"written"}:
-                error = ConnectionError(next(end for end in ends if end != "written"))
+            end = "written" if error is None else "again" if is_storage_fault(error) else "never"
+            ends = told_by_all(f"{key}/end", end)
+            if set(ends) != {"written"}:
+                error = error or ConnectionError("another process could not write its part")
             with self._changed:
                 job.begun, job.error = None, error
                 if error is None:
                     self.last_step, self._missed = job.step, 0
-                elif not is_storage_fault(error):
+                elif "never" in ends:
                     self._failure = self._explained(job.step, error)
                     self._failure.__cause__ = error
                 if error is None or self._failure is not None or job.given_up:

@@ -195,9 +195,9 @@ def test_no_routing_needs_more_blocks(sizes, window, block):
 
 
 def test_some_routing_needs_that_many_blocks():
-    """All rows with one expert, and one row too many with each of several."""
+    """All rows with one expert; one row too many with each of eight, and the other 112 with the ninth."""
     assert windows.most_blocks(300, 9, 40, 16) == -(-(300 - 40) // 16) == 17
-    assert windows.most_blocks(300, 9, 20, 64) == 9
+    assert windows.most_blocks(300, 9, 20, 64) == 8 + 2 == 8 + -(-112 // 64)
     assert windows.most_blocks(300, 9, 300, 8) == 1  # none, but a buffer has to have a place
 
 

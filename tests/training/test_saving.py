@@ -165,3 +165,19 @@ def test_faults_that_may_pass(error, passing):
     wrapped = Exception("in Orbax")
     wrapped.__cause__ = error
     assert is_storage_fault(wrapped) is passing
+
+
+def test_a_required_checkpoint_waits_for_a_slow_one_before_it():
+    """The last of a run is not missed because the one before it takes long."""
+    slow, storage, writer = threading.Event(), Storage(), saver(patience=0.05)
+
+    def slowly():
+        assert slow.wait(10)
+        storage.written.append(20)
+
+    assert writer.save(20, lambda: slowly)
+    assert not writer.save(30, storage.of(30))
+    threading.Timer(0.3, slow.set).start()
+    assert writer.save(40, storage.of(40), required=True)
+    writer.wait()
+    assert storage.written == [20, 40]
