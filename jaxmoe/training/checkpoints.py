@@ -252,6 +252,7 @@ class Checkpoints:
             use_ocdbt=self._storage.ocdbt,
             use_zarr3=self._storage.zarr3,
             use_compression=False,  # parameters and moments do not shrink
+            enable_pinned_host_transfer=True,  # where the copies of `on_host` are: no second copy
             multiprocessing_options=processes,
         )
         retention = self._retention

@@ -69,13 +69,21 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> UInt32[Array, " arrays"]:
     shows, and so do two exchanged ones. Integers add in any order, so that the sum does not depend on the mesh.
     """
     meshes = [array.sharding.mesh for array in arrays.values() if isinstance(array.sharding, jax.NamedSharding)]
-    everywhere = jax.NamedSharding(meshes[0], jax.P()) if meshes else None
-    return _fingerprints_to(everywhere)(list(arrays.values()))
+    one, together = _fingerprints_to(jax.NamedSharding(meshes[0], jax.P()) if meshes else None)
+    marks: list[jax.Array] = []
+    for array in arrays.values():
+        marks.append(one(array, *marks[-1:]))
+    return together(marks)
 
 
 @functools.lru_cache(maxsize=8)
 def _fingerprints_to(sharding: jax.NamedSharding | None):
-    return jax.jit(lambda arrays: jnp.stack([_fingerprint(array) for array in arrays]), out_shardings=sharding)
+    """Of one array after another, since XLA:CPU has a temporary copy of each; and the stack of them."""
+
+    def one(array: jax.Array, *before: jax.Array) -> jax.Array:
+        return _fingerprint(jax.lax.optimization_barrier((array, *before))[0])
+
+    return jax.jit(one, out_shardings=sharding), jax.jit(jnp.stack, out_shardings=sharding)
 
 
 def _fingerprint(array: jax.Array) -> jax.Array:

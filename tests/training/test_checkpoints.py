@@ -22,6 +22,9 @@ from jaxmoe.training import (
 )
 from jaxmoe.training.checkpoints import _checksum
 
+# TensorStore's, on what it cannot read
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def saved(tiny_run, tiny_batches, copied, tmp_path_factory):
@@ -151,7 +154,6 @@ def lie_about_an_array(step_directory):
     edit_metadata(step_directory, change)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's, on what it cannot read
 @pytest.mark.parametrize(
     "damage", [truncate, truncate_large, delete_arrays, change_bytes, delete_metadata, lie_about_an_array]
 )
@@ -172,7 +174,6 @@ def files_of(step_directory):
     return sorted(str(path.relative_to(step_directory)) for path in step_directory.rglob("*") if path.is_file())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped"])
 def test_no_damage_to_any_file_is_trained_from(tiny_run, saved, directory, copied, tmp_path, damage):
     """Whichever file is damaged, what is restored is the state of step 3 or that of step 2, whole."""
