@@ -95,7 +95,7 @@ def test_a_run_on_a_mesh_starts_from_a_checkpoint(saved, tmp_path):
     import_run(folder, run, tmp_path, cache_dir=tmp_path / "cache")
     partitioning = make_partitioning(run.mesh)
     _, like = init_state(run, partitioning)
-    with Checkpoints(tmp_path / "checkpoints", run.train.keep_checkpoints) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         restored = checkpoints.restore(like).state
     assert_spread(model, nnx.merge(model_graph(config), restored.params, restored.others), 8)
     for found, drawn in zip(jax.tree.leaves(restored.opt_state), jax.tree.leaves(like.opt_state), strict=True):
