@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark train_step [--json]
     python -m experiments.benchmark moe [--json] [--device]
+    python -m experiments.benchmark checkpoint [--json]
     python -m experiments.benchmark interop [--json]
     python -m experiments.benchmark tokenize [--json]
     python -m experiments.benchmark input [--json]
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "input": "input pipeline against the laptop step: tokens/s, threads, memory, with 2 and 40 sources",
     "collectives": "bytes that expert parallelism moves per token and layer, as compiled; nothing runs",
     "moe": "MoE layer against a dense MLP of the same active FLOPs; with --device, utilization of a TPU or GPU",
+    "checkpoint": "what a save costs the step that starts it; memory of save and restore",
     "interop": "import of a checkpoint of transformers: throughput and host memory",
 }
 

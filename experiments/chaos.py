@@ -85,6 +85,8 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
             shutil.rmtree(workdir)
         else:
             print(f"both runs are in {workdir}")
+    if same and not fell:
+        print("no kill fell, so nothing was shown; give more steps")
     return 0 if same and fell else 1
 
 

@@ -44,6 +44,7 @@ def run_to_status(
     *,
     member: str | None = None,
     resume: str = "auto",
+    strict_restore: bool = False,
     command: str | None = None,
     progress: ProgressReporter | None = None,
 ) -> int:
@@ -55,7 +56,7 @@ def run_to_status(
       study: its members.
       workdir: its folder, local or gs://.
       member: train this one alone.
-      resume, command, progress: as for `jaxmoe.scaling.run_study`.
+      resume, strict_restore, command, progress: as for `jaxmoe.scaling.run_study`.
     """
     from jaxmoe.processes import is_first
     from jaxmoe.scaling.runner import run_study
@@ -63,16 +64,20 @@ def run_to_status(
 
     log_to_terminal()
     with _ending_together(), reuse_freed_memory(), StopRequest(second="exit") as stop:  # before JAX starts its threads
-        outcome = run_study(study, workdir, only=member, resume=resume, progress=progress, command=command, stop=stop)
+        outcome = run_study(
+            study, workdir, only=member, resume=resume, strict_restore=strict_restore, progress=progress,
+            command=command, stop=stop,
+        )  # fmt: skip
+    failed = 2 if outcome.mistaken else 1
     if not is_first():
-        return {"resumable": RESUMABLE, "failed": 1, "done": 0}[outcome.status]
+        return {"resumable": RESUMABLE, "failed": failed, "done": 0}[outcome.status]
     if outcome.status == "resumable":
         said = f"preempted ({stop.requested}), resumable: nothing is lost. Run the same command again to go on"
         print(f"{said} ({workdir}).")
         return RESUMABLE
     if outcome.status == "failed":
         print(f"failed; what is done is kept. Run the same command again to go on ({workdir}):\n{outcome}")
-        return 1
+        return failed
     print(f"done: {workdir}. Next: python -m experiments.report --workdir={workdir}")
     return 0
 
@@ -81,15 +86,19 @@ def run_to_status(
 def _ending_together() -> Iterator[None]:
     """Of several processes one that fails ends at once: the others wait for it, and JAX's runtime then ends them."""
     from jaxmoe.processes import alone
+    from jaxmoe.training import TrainingError
 
     try:
         yield
     except ConfigError:  # of all of them
         raise
-    except Exception:
+    except Exception as error:
         if alone():
             raise
-        traceback.print_exc()
+        if isinstance(error, TrainingError):
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
         os._exit(1)
 
 

@@ -40,6 +40,10 @@ _RESUME = flags.DEFINE_enum(
     "resume", "auto", ["auto", "force"],
     "`force` goes on in a folder whose configuration differs from this one; `auto` refuses and shows the difference.",
 )
+_STRICT_RESTORE = flags.DEFINE_bool(
+    "strict_restore", False,
+    "Stop where a checkpoint is damaged, and move nothing; else it is set aside and the one before it is taken.",
+)
 _MESH = flags.DEFINE_string("mesh", None, "Preset and sizes of the mesh, such as fsdp_ep,expert=4.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several train together.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
@@ -66,7 +70,9 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     workdir = _WORKDIR.value or f"runs/{study.name}"
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
-    return run_to_status(study, workdir, member=only, resume=_RESUME.value, command=command)
+    return run_to_status(
+        study, workdir, member=only, resume=_RESUME.value, strict_restore=_STRICT_RESTORE.value, command=command
+    )
 
 
 def _check_vocabularies(members: Sequence[Member]) -> None:

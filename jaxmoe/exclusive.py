@@ -7,7 +7,9 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 
@@ -17,6 +19,7 @@ from jaxmoe.storage import is_remote
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+_SECONDS_TO_LOOK = 1.0
 
 
 @contextlib.contextmanager
@@ -39,7 +42,7 @@ def exclusive(directory: epath.PathLike) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, fcntl.LOCK_EX)
         except BlockingIOError:
             raise ConfigError(_in_use(path.parent, file)) from None
         except OSError as error:
@@ -80,11 +83,28 @@ def check_unused(directory: epath.PathLike) -> None:
         return
     with open(path, encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _lock(file, fcntl.LOCK_SH)
         except BlockingIOError:
             raise ConfigError(_in_use(path.parent, file)) from None
         except OSError:
             return  # `exclusive` says so when training starts
+
+
+def _lock(file: IO[str], kind: int) -> None:
+    """Takes a lock; whoever only looks whether it is held lets go of it at once, and is waited for.
+
+    Raises:
+      BlockingIOError: it is held for longer than that.
+    """
+    until = time.monotonic() + _SECONDS_TO_LOOK
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.05)
 
 
 def _in_use(directory: epath.Path, file) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # its coordination service has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
@@ -71,8 +72,10 @@ def connect(
     elif hosts > 1:
         jax.distributed.initialize()
     elif hosts == 0 and _is_tpu_vm(environment):
-        with contextlib.suppress(ValueError):  # no coordinator: not part of a slice of several hosts
+        try:
             jax.distributed.initialize()
+        except ValueError as error:  # no coordinator: not part of a slice of several hosts
+            logger.info("this TPU VM is taken to be alone: %s", error)
     if jax.distributed.is_initialized():
         logger.info(
             "process %d of %d, with %d of %d devices",
@@ -108,6 +111,22 @@ def _highest_of_all() -> tuple[NamedSharding, Callable[[Array], Array]]:
     mesh = Mesh(np.array(jax.devices()), "devices")
     everywhere = NamedSharding(mesh, PartitionSpec())
     return NamedSharding(mesh, PartitionSpec("devices")), jax.jit(jnp.max, out_shardings=everywhere)
+
+
+def told_by_all(key: str, said: str) -> list[str]:
+    """What every process says under a key that it uses once; to be called by all, in any thread.
+
+    It goes through JAX's coordination service, and no device takes part: what computes on them goes on.
+    """
+    if alone():
+        return [said]
+    client = distributed.global_state.client
+    client.key_value_set(f"jaxmoe/{key}/{jax.process_index()}", said)
+    minutes = 60
+    return [
+        client.blocking_key_value_get(f"jaxmoe/{key}/{process}", minutes * 60_000)
+        for process in range(jax.process_count())
+    ]
 
 
 @contextlib.contextmanager

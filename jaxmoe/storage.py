@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
+import time
 from typing import Any
 
 from etils import epath
 from etils.epath.backend import fsspec_backend
 
 from jaxmoe.config import ConfigError
+from jaxmoe.storage_faults import first_line, is_storage_fault
+
+logger = logging.getLogger(__name__)
 
 
 def as_path(path: epath.PathLike) -> epath.Path:
@@ -36,22 +41,24 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def write_bytes(path: epath.PathLike, content: bytes) -> None:
+def write_bytes(path: epath.PathLike, content: bytes, *, patience: float = 300.0) -> None:
     """Writes a whole file; an older one stays as it was until this one is complete.
 
     On a disk the content goes to a hidden file of the same folder, which then takes the name. In an object store
-    an object appears when it is complete, so it is written under its own name.
+    an object appears when it is complete, so it is written under its own name; a store that does not answer is
+    asked again, after longer and longer pauses.
 
     Args:
       path: local or gs://; folders above it are made.
       content: of the file.
+      patience: seconds for which an object store is asked again, beyond what its client does by itself.
 
     Raises:
       OSError: it cannot be written; no rest of it stays.
     """
     path = epath.Path(path)
     if is_remote(path):
-        path.write_bytes(content)
+        _write_object(path, content, time.monotonic() + patience)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes of several machines may share the folder, so the process id alone is not a name of its own.
@@ -63,9 +70,23 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def write_text(path: epath.PathLike, text: str) -> None:
+def _write_object(path: epath.Path, content: bytes, until: float) -> None:
+    pause = 1.0
+    while True:
+        try:
+            path.write_bytes(content)
+            return
+        except Exception as error:
+            if not is_storage_fault(error) or time.monotonic() >= until:
+                raise
+            logger.warning("%s could not be written (%s); trying again in %.0f s", path, first_line(error), pause)
+        time.sleep(pause)
+        pause = min(2 * pause, 30.0)
+
+
+def write_text(path: epath.PathLike, text: str, *, patience: float = 300.0) -> None:
     """`write_bytes` of a text in UTF-8."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), patience=patience)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

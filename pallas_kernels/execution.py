@@ -28,7 +28,10 @@ CHIPS = {"v5e": "tpu", "v5p": "tpu", "v6e": "tpu", "tpu7x": "tpu", "h100": "gpu"
 PLATFORMS = {"tpu": ("tpu",), "gpu": ("gpu",)}
 """Backends made of Pallas kernels, and the platforms that run them."""
 
-_HARDWARE = {"tpu": "TPU", "gpu": "NVIDIA GPUs of compute capability 8.0 or newer"}
+_SMALL_TPUS = ("TPU v2", "TPU v3", "TPU v4")
+"""Device kinds that begin so have 16 MiB of VMEM a core; the kernels' tiles take up to 64."""
+
+_HARDWARE = {"tpu": "TPU v5e, v5p, v6e, 7x or newer", "gpu": "NVIDIA GPUs of compute capability 8.0 or newer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +89,15 @@ def compiling_for(chip: str) -> Iterator[None]:
 def platform() -> str:
     """The platform that `auto` resolves by: that of `compiling_for`, else `jax.default_backend()`.
 
-    A GPU that the kernels are not made for has a name of its own: JAX calls AMD's `gpu` too, and old ones have
-    neither bfloat16 products nor the shared memory of the tiles.
+    A device that the kernels are not made for has a name of its own. TPUs up to v4 have too little VMEM. JAX calls
+    AMD's GPUs `gpu` too, and old ones have neither bfloat16 products nor the shared memory of the tiles.
     """
     context = _context.get()
     if context is not None and context.chip:
         return CHIPS[context.chip]
     here = jax.default_backend()
+    if here == "tpu" and jax.devices()[0].device_kind.startswith(_SMALL_TPUS):
+        return jax.devices()[0].device_kind
     if here == "gpu":
         device = jax.devices()[0]
         if "rocm" in device.client.platform_version.lower():

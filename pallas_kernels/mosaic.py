@@ -15,7 +15,7 @@ from pallas_kernels.tiles import Misfit
 LANES = 128
 
 VMEM_LIMIT = 64 * 2**20
-"""Bytes of VMEM that a kernel may use; the default of v5e and v5p is 16 MiB of their 128."""
+"""Bytes of VMEM that a kernel may use: all of v5p's and tpu7x's, half of v5e's and v6e's; the default is 16 MiB."""
 
 VMEM_BUDGET = 40 * 2**20
 """Bytes that tiles are chosen to fill, the rest being the compiler's."""

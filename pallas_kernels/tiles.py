@@ -94,12 +94,17 @@ def shape_class(sizes: Mapping[str, int]) -> dict[str, int]:
     return {name: 1 << (size - 1).bit_length() if size > 0 else 0 for name, size in sorted(sizes.items())}
 
 
-def user_table() -> pathlib.Path:
-    """Where `tune` writes and the lookup begins."""
+def user_table() -> pathlib.Path | None:
+    """Where `tune` writes and the lookup begins; None where there is no home to hold it and none is named."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         return pathlib.Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = pathlib.Path.home() / ".cache"
+        except RuntimeError:  # a user without an entry in the system's list, as in some containers
+            return None
     return pathlib.Path(cache) / "pallas_kernels" / "tiles.json"
 
 
@@ -139,7 +144,7 @@ def _tables() -> list[pathlib.Path]:
     user = user_table()
     if os.environ.get(ENVIRONMENT_VARIABLE) and not user.exists():
         raise ValueError(f"{ENVIRONMENT_VARIABLE} names {user}, which is not there.")
-    return [user, PACKAGED] if user.exists() else [PACKAGED]
+    return [user, PACKAGED] if user is not None and user.exists() else [PACKAGED]
 
 
 def _key(operation: str, chip: str | None, dtype, sizes: Mapping[str, int]) -> tuple:

@@ -48,16 +48,27 @@ def tiling_for(num_rows: int, num_experts: int, weights_per_expert: int) -> Tili
     that one costs about twice a window's row, so the best window lies near the median load. Where a block's copy
     of its expert's weights does not stay in the cache, overflow is dearer, and the window is larger by the
     standard deviation that the load has under random routing. Blocks are small, so that a group's last one is not
-    mostly empty, larger where each copies much, and a turn of the loop takes up to 256 rows of them.
+    mostly empty, larger where each copies much, and a turn of the loop takes up to 256 rows of them, of no more than
+    four experts where those are large.
     """
     mean = num_rows / num_experts
     large = weights_per_expert > _CACHED_WEIGHTS
     window = min(math.ceil(mean + (math.sqrt(mean) if large else 0)), num_rows) if mean >= 1 else 0
     limits = ((64, 64), (48, 32), (9, 16), (0, 8)) if large else ((129, 64), (25, 32), (9, 16), (0, 8))
     block = next(size for least, size in limits if mean >= least)
-    batch = 4 if block == 64 else 8
-    blocks = (num_rows - window) // block + num_experts
+    batch = 4 if large or block == 64 else 8
+    blocks = most_blocks(num_rows, num_experts, window, block)
     return Tiling(window, block, batch, -(-blocks // batch) * batch)
+
+
+def most_blocks(num_rows: int, num_experts: int, window: int, block: int) -> int:
+    """How many blocks of M rows any routing of N rows can need beside windows of C.
+
+    An expert that needs some has more than C rows, and its last block may hold a single row. So k experts need at most
+    (N - k·C + k·(M-1)) / M, for the one or for the most k that there can be.
+    """
+    overflowing = min(num_experts, num_rows // (window + 1))
+    return max(1, *((num_rows - k * (window - block + 1)) // block for k in (1, overflowing) if overflowing), 1)
 
 
 class Rows(NamedTuple):
@@ -105,6 +116,10 @@ class Layout:
     def num_experts(self) -> int:
         """E."""
         return self.sizes.shape[0]
+
+    def with_batch(self, batch: int) -> "Layout":
+        """The same layout, fewer blocks a turn; B must be a multiple of the batch."""
+        return dataclasses.replace(self, tiling=dataclasses.replace(self.tiling, batch=batch))
 
     @property
     def block_capacity(self) -> int:

@@ -195,6 +195,10 @@ class SlurmMember:
         environment = submitit.JobEnvironment()
         self._log = environment.paths.stdout
         self._told, self._cancelled, self._started = False, False, time.time()
+        # Some clusters send their signals to every process of the job, some to this one alone. The run is to hear of
+        # the end once, since a second signal ends it at once: it is deaf to theirs, and gets one SIGINT from here.
+        theirs = {signal.SIGTERM, environment._usr_sig()}
+        signal.pthread_sigmask(signal.SIG_BLOCK, theirs)
         signal.signal(signal.SIGTERM, self._cancel)
         first = environment.global_rank == 0
         if not first:  # submitit calls `checkpoint` in the first task alone
@@ -204,10 +208,6 @@ class SlurmMember:
             variables["JAX_COORDINATOR_ADDRESS"] = coordinator_address(
                 environment.hostnames[0], int(environment.raw_job_id)
             )
-        # Some clusters send their signals to every process of the job, some to this one alone. The run is to hear of
-        # the end once, since a second signal ends it at once: it is deaf to theirs, and gets one SIGINT from here.
-        theirs = {signal.SIGTERM, environment._usr_sig()}
-        signal.pthread_sigmask(signal.SIG_BLOCK, theirs)
         self._process = subprocess.Popen(self.job.command, env=variables, stdin=subprocess.DEVNULL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, theirs)
         status = self._wait()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxmoe.config.data import DataConfig
 from jaxmoe.config.errors import require, require_non_negative, require_positive
@@ -38,7 +38,20 @@ class TrainConfig:
       clip_norm: of the global gradient; None does not clip.
       log_every: steps between lines of metrics.jsonl; a step that was left out or is a spike has its line too.
       checkpoint_every: steps between checkpoints; None: ten per run. The last step is always saved.
+      checkpoint_every_minutes: also save when the last checkpoint is so many minutes old; None: no.
       keep_checkpoints: how many of the newest stay.
+      keep_every: checkpoints of a multiple of this many steps stay, too; None: none for that.
+      keep_best: and so many of the best by `best_metric`. Every evaluation is then followed by a checkpoint.
+      best_metric: `training_loss`, the mean that an evaluation reports, or a number of a record as
+        `EVALUATION/SOURCE/SPLIT/FIELD`, such as `task/reasoning/test/accuracy`.
+      best_mode: whether the smallest or the largest is best.
+      checkpoint_ocdbt: many arrays in few files (TensorStore's OCDBT); else a folder for each array.
+      checkpoint_zarr3: version 3 of the zarr format; else 2.
+      checkpoint_chunk_bytes: arrays are stored in chunks of at most this size, the least that is read at a time.
+      max_missed_saves: so many checkpoints in a row may be missed, because storage is full or does not answer, before
+        the run stops.
+      storage_patience_seconds: how long training waits for storage, at a checkpoint for the one before it and at the
+        end for the last one.
       max_nonfinite_steps: this many skipped steps in a row stop the run.
       spike_action: what to do about a step whose loss is above the median of the last `spike_window` finite losses
         by more than `spike_factor` times their median absolute deviation. `warn` says so; `skip` leaves the step
@@ -66,7 +79,17 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     log_every: int = 10
     checkpoint_every: int | None = None
+    checkpoint_every_minutes: float | None = None
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    keep_best: int = 0
+    best_metric: str = "training_loss"
+    best_mode: Literal["min", "max"] = "min"
+    checkpoint_ocdbt: bool = True
+    checkpoint_zarr3: bool = True
+    checkpoint_chunk_bytes: int = 16 * 2**20
+    max_missed_saves: int = 3
+    storage_patience_seconds: float = 60.0
     max_nonfinite_steps: int = 20
     spike_action: Literal["off", "warn", "skip", "stop"] = "off"
     spike_window: int = 100
@@ -76,9 +99,11 @@ class TrainConfig:
     def __post_init__(self):
         require_positive(
             self, "steps", "batch_size", "sequence_length", "gradient_accumulation", "learning_rate", "log_every",
-            "keep_checkpoints", "max_nonfinite_steps", "epsilon", "spike_factor",
+            "keep_checkpoints", "max_nonfinite_steps", "epsilon", "spike_factor", "storage_patience_seconds",
         )
-        require_non_negative(self, "warmup_steps", "final_learning_rate_fraction", "weight_decay")
+        require_non_negative(
+            self, "warmup_steps", "final_learning_rate_fraction", "weight_decay", "keep_best", "max_missed_saves"
+        )
         require(
             self.batch_size % self.gradient_accumulation == 0,
             f"batch_size={self.batch_size} is not divisible by gradient_accumulation={self.gradient_accumulation}.",
@@ -91,8 +116,25 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}={value}; choose 0 <= {name} < 1.")
-        if self.checkpoint_every is not None:
-            require_positive(self, "checkpoint_every")
+        for name in ("checkpoint_every", "checkpoint_every_minutes", "keep_every"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        if self.keep_every is not None:
+            require(
+                self.keep_every % self.checkpoint_interval == 0,
+                f"keep_every={self.keep_every}, but checkpoints are written every {self.checkpoint_interval} steps; "
+                "choose a multiple of that.",
+            )
+        require(
+            self.checkpoint_chunk_bytes >= 1024,
+            f"checkpoint_chunk_bytes={self.checkpoint_chunk_bytes}; choose 1024 or more (2**24 is the default).",
+        )
+        require(self.best_mode in ("min", "max"), f"best_mode={self.best_mode!r}; choose 'min' or 'max'.")
+        require(
+            self.best_metric == "training_loss" or self.best_metric.count("/") == 3,
+            f"best_metric={self.best_metric!r}; choose 'training_loss' or EVALUATION/SOURCE/SPLIT/FIELD, such as "
+            "'task/reasoning/test/accuracy'.",
+        )
         if self.clip_norm is not None:
             require_positive(self, "clip_norm")
         if self.watchdog_minutes is not None:
@@ -101,6 +143,13 @@ class TrainConfig:
             2 <= self.spike_window <= _LONGEST_SPIKE_WINDOW,
             f"spike_window={self.spike_window}; choose 2 <= spike_window <= {_LONGEST_SPIKE_WINDOW}.",
         )
+
+    BOOKKEEPING: ClassVar[tuple[str, ...]] = (
+        "log_every", "checkpoint_every", "checkpoint_every_minutes", "keep_checkpoints", "keep_every", "keep_best",
+        "best_metric", "best_mode", "checkpoint_ocdbt", "checkpoint_zarr3", "checkpoint_chunk_bytes",
+        "max_missed_saves", "storage_patience_seconds", "max_nonfinite_steps", "watchdog_minutes",
+    )  # fmt: skip
+    """Fields that no number of a training depends on."""
 
     @property
     def tokens(self) -> int:

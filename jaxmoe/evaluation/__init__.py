@@ -4,7 +4,15 @@ from jaxmoe.evaluation.checkpoint import checkpoint_context
 from jaxmoe.evaluation.evaluate import evaluate_all
 from jaxmoe.evaluation.generation import GenerationScore, generation_accuracy, greedy_answers
 from jaxmoe.evaluation.multiple_choice import MultipleChoiceScore, Question, hellaswag_question, score_questions
-from jaxmoe.evaluation.records import Record, make_record, set_aside, validate_record, write_record, write_records
+from jaxmoe.evaluation.records import (
+    Record,
+    make_record,
+    named_numbers,
+    set_aside,
+    validate_record,
+    write_record,
+    write_records,
+)
 from jaxmoe.evaluation.scoring import ExampleScores, TaskScore, score_each, score_examples
 from jaxmoe.evaluation.validation import ValidationScore, validation_loss
 
@@ -22,6 +30,7 @@ __all__ = [
     "greedy_answers",
     "hellaswag_question",
     "make_record",
+    "named_numbers",
     "score_each",
     "score_examples",
     "score_questions",

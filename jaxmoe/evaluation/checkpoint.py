@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 from etils import epath
@@ -9,7 +10,7 @@ from etils import epath
 from jaxmoe.config import RunConfig
 from jaxmoe.data import Mixture
 from jaxmoe.sharding import partitioning_of_run
-from jaxmoe.training import Checkpoints, EvaluationContext, Resumed, evaluation_context, init_state
+from jaxmoe.training import Checkpoints, EvaluationContext, Resumed, abstract_state, evaluation_context
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 
 
@@ -30,9 +31,9 @@ def checkpoint_context(
     if not (directory / CHECKPOINT_DIRECTORY).exists():
         return None
     partitioning = partitioning_of_run(run)
-    graphdef, state = init_state(run, partitioning)
-    with Checkpoints(directory / CHECKPOINT_DIRECTORY, run.train.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore(state)
+    graphdef, like = abstract_state(run, partitioning)
+    with Checkpoints(directory / CHECKPOINT_DIRECTORY) as checkpoints:
+        restored = checkpoints.restore(dataclasses.replace(like, opt_state=None), partial=True)
     if restored is None:
         return None
     mixture = Mixture.of_run(run, cache_dir=cache_dir)

@@ -140,6 +140,16 @@ def write_records(directory: epath.PathLike, records: Iterable[Mapping[str, Any]
     return [write_record(directory, record) for record in records]
 
 
+def named_numbers(records: Iterable[Mapping[str, Any]]) -> dict[str, float | int | None]:
+    """What records measured, by `EVALUATION/SOURCE/SPLIT/FIELD`, such as `task/reasoning/test/accuracy`."""
+    return {
+        "/".join([record["evaluation"], record["source"], record["split"], field]): value
+        for record in records
+        for field, value in record.items()
+        if field not in IDENTITY_FIELDS and isinstance(value, float | int | None)
+    }
+
+
 def set_aside(directory: epath.PathLike, config_hash: str) -> int:
     """Moves records of other configurations to `earlier_records/HASH/`, so that `records/` holds those of one.
 

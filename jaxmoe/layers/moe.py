@@ -152,13 +152,13 @@ class MoE(nnx.Module):
         )
 
     def set_view(self, dropless: bool | None = None, **kwargs: Any) -> dict[str, Any]:
-        """For `nnx.view(model, dropless=True)`: the same parameters without a capacity limit.
+        """For `nnx.view(model, dropless=True)`: the same parameters without a limit to what an expert takes.
 
         Args:
-          dropless: True removes the capacity limit.
+          dropless: True removes the capacity limit, and gives receive buffers room for all that could come.
         """
         if dropless:
-            self.capacity_factor = None
+            self.capacity_factor = self.expert_buffer_factor = None
         return kwargs
 
     def capacity(self, tokens: int) -> int | None:

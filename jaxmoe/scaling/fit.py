@@ -203,7 +203,8 @@ def _room(run: RunConfig, partitioning: Partitioning) -> float:
     if not run.model.num_moe_layers:
         return 1.0
     moe = run.model.moe
-    group = partitioning.size(*expert_axes(partitioning, moe.num_experts))
+    axes = expert_axes(partitioning, moe.num_experts)
+    group = partitioning.size(*((axes,) if isinstance(axes, str) else axes))
     if group == 1:
         return 1.0
     if moe.expert_buffer_factor is not None:

@@ -58,11 +58,10 @@ def preflight(
         check_same_study(workdir, study)
     for member in members:
         check_directory(workdir / member.name, member.config, resume)
-    for member in members:
-        with _naming(member):
-            partitioning_of_run(member.config)
     waiting = [member for member in members if not is_done(workdir / member.name, member)]
     for member in waiting:
+        with _naming(member):
+            partitioning_of_run(member.config)
         check_unused(workdir / member.name)
         try:
             check_format(workdir / member.name / CHECKPOINT_DIRECTORY)

@@ -23,7 +23,7 @@ from typing import Literal
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
-from jaxmoe.evaluation import checkpoint_context, evaluate_all, set_aside, write_records
+from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, set_aside, write_records
 from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
 from jaxmoe.scaling.preflight import Resume, preflight
@@ -61,6 +61,7 @@ class MemberResult:
       step, loss: where it stands, nats per token; None where that is not known.
       error: of a failed member.
       fatal: whether the others would fail in the same way, as on a full disk.
+      mistake: whether it failed by a mistake of the user, so that trying again is no use.
     """
 
     name: str
@@ -69,6 +70,7 @@ class MemberResult:
     loss: float | None = None
     error: str | None = None
     fatal: bool = False
+    mistake: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,12 @@ class StudyResult:
         if "failed" in statuses:
             return "failed"
         return "resumable" if statuses & {"resumable", "pending"} else "done"
+
+    @property
+    def mistaken(self) -> bool:
+        """Whether every member that failed did so by a mistake of the user."""
+        failed = [member for member in self.members if member.status == "failed"]
+        return bool(failed) and all(member.mistake for member in failed)
 
     def __str__(self) -> str:
         lines = []
@@ -101,6 +109,7 @@ def run_study(
     *,
     only: str | None = None,
     resume: Resume = "auto",
+    strict_restore: bool = False,
     progress: ProgressReporter | None = None,
     command: str | None = None,
     stop: StopRequest | None = None,
@@ -113,6 +122,7 @@ def run_study(
       only: train this member alone.
       resume: `force` goes on in folders of another configuration, from the checkpoints that are there. A finished
         member stays what it was trained as: it may be evaluated otherwise, or trained for more steps.
+      strict_restore: a damaged checkpoint ends its member with an error, instead of being set aside.
       progress: to report to; None makes one that writes to stderr.
       command: how a person would start this, for `study.json`.
       stop: asks to stop; None: SIGTERM and SIGINT do, while this call lasts.
@@ -128,7 +138,7 @@ def run_study(
     members = study.members if only is None else (study.member(only),)
     with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
         try:
-            return _run_members(study, members, workdir, resume, progress, command, stop)
+            return _run_members(study, members, workdir, resume, strict_restore, progress, command, stop)
         except ConfigError as error:
             if only is not None and is_first() and workdir.is_dir():
                 record_end(workdir / only, "failed", str(error))
@@ -140,6 +150,7 @@ def _run_members(
     members: Sequence[Member],
     workdir: epath.Path,
     resume: Resume,
+    strict_restore: bool,
     progress: ProgressReporter | None,
     command: str | None,
     stop: StopRequest,
@@ -156,10 +167,10 @@ def _run_members(
         progress.study(sum(member.config.train.steps for member in members), finished)
         for member in members:
             stop.agree()
-            if stop.requested is not None and not is_done(workdir / member.name, member):
+            if stop.requested is not None and not of_first(is_done(workdir / member.name, member)):
                 logger.info("stopped by %s before %s; run again to go on", stop.requested, member.name)
                 break
-            result = _attempt(member, workdir, study.name, resume, progress, cache_dir, stop)
+            result = _attempt(member, workdir, study.name, resume, strict_restore, progress, cache_dir, stop)
             results.append(result)
             if result.status == "skipped":
                 progress.note(f"{member.name}: done before, skipped")
@@ -177,6 +188,7 @@ def run_member(
     *,
     study_name: str | None = None,
     resume: Resume = "auto",
+    strict_restore: bool = False,
     progress: ProgressReporter | None = None,
     cache_dir: str | os.PathLike | None = None,
     stop: StopRequest | None = None,
@@ -187,7 +199,7 @@ def run_member(
       member: of a study.
       study_dir: the study's folder; the member's is in it.
       study_name: for the records; None: the folder's name.
-      resume, progress: as in `run_study`.
+      resume, strict_restore, progress: as in `run_study`.
       cache_dir: where tokenized text is kept if the configuration does not say.
       stop: asks to stop; None: SIGTERM and SIGINT do, while this call trains.
 
@@ -198,7 +210,8 @@ def run_member(
     directory = epath.Path(study_dir) / member.name
     done = read_done(directory)
     if of_first(done is not None and done["config_hash"] == config_hash(member.config)):
-        return MemberResult(member.name, "skipped", done["step"], done["loss"])
+        known = {} if done is None else {"step": done["step"], "loss": done["loss"]}
+        return MemberResult(member.name, "skipped", **known)
     labels = {
         "study": epath.Path(study_dir).name if study_name is None else study_name,
         "arm": member.arm,
@@ -211,15 +224,17 @@ def run_member(
         if moved:
             logger.info("%s: %d records of an earlier configuration are in earlier_records now", member.name, moved)
 
-    def evaluate(context: EvaluationContext) -> None:
+    def evaluate(context: EvaluationContext) -> dict[str, float | None]:
         records = evaluate_all(context, labels)
         if is_first():
             set_aside_once()
             write_records(directory, records)
+        return named_numbers(records)
 
     result = train(
-        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume, stop=stop
-    )
+        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume,
+        strict_restore=strict_restore, stop=stop,
+    )  # fmt: skip
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
     if not of_first(_has_records(directory, member.config)):
@@ -247,6 +262,7 @@ def _attempt(
     workdir: epath.Path,
     study_name: str,
     resume: Resume,
+    strict_restore: bool,
     progress: ProgressReporter,
     cache_dir: str | None,
     stop: StopRequest,
@@ -254,7 +270,7 @@ def _attempt(
     """`run_member`, with what goes wrong as a result, and with signs of life in the member's folder."""
     writes = is_first() and not is_done(workdir / member.name, member)
     with Heartbeat(workdir / member.name, progress, write=writes) as heartbeat:
-        result = _outcome(member, workdir, study_name, resume, progress, cache_dir, stop)
+        result = _outcome(member, workdir, study_name, resume, strict_restore, progress, cache_dir, stop)
         heartbeat.ended("preempted" if result.status == "resumable" else result.status, result.error)
     return result
 
@@ -264,6 +280,7 @@ def _outcome(
     workdir: epath.Path,
     study_name: str,
     resume: Resume,
+    strict_restore: bool,
     progress: ProgressReporter,
     cache_dir: str | None,
     stop: StopRequest,
@@ -271,10 +288,11 @@ def _outcome(
     """`run_member`, with what goes wrong as a result."""
     try:
         return run_member(
-            member, workdir, study_name=study_name, resume=resume, progress=progress, cache_dir=cache_dir, stop=stop
-        )
+            member, workdir, study_name=study_name, resume=resume, strict_restore=strict_restore, progress=progress,
+            cache_dir=cache_dir, stop=stop,
+        )  # fmt: skip
     except (ConfigError, NonFiniteLossError, LossSpikeError, BufferOverflowError) as error:  # of all processes
-        return MemberResult(member.name, "failed", error=str(error))
+        return MemberResult(member.name, "failed", error=str(error), mistake=isinstance(error, ConfigError))
     except Exception as error:
         if not alone():
             raise  # the other processes are in the midst of a step, or of a checkpoint, and end with this one

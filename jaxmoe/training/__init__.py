@@ -2,7 +2,7 @@
 
 from jaxmoe.exclusive import check_unused
 from jaxmoe.training.allocator import reuse_freed_memory
-from jaxmoe.training.checkpoints import Checkpoints, check_format
+from jaxmoe.training.checkpoints import Checkpoints, Storage, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import (
     BufferOverflowError,
@@ -16,6 +16,7 @@ from jaxmoe.training.errors import (
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY, TrainResult, train
 from jaxmoe.training.metrics import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.training.optimizer import decay_mask, make_optimizer
+from jaxmoe.training.policies import Retention
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.signals import StopRequest
@@ -41,7 +42,9 @@ __all__ = [
     "NonFiniteLossError",
     "ProgressReporter",
     "Resumed",
+    "Retention",
     "StopRequest",
+    "Storage",
     "TrainResult",
     "TrainState",
     "TrainingError",

@@ -9,26 +9,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from jaxmoe.config import TrainConfig
+from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.storage import is_remote, read_json
-from jaxmoe.training.errors import CheckpointError, is_no_space, no_space_left
+from jaxmoe.storage_faults import first_line, is_no_space
+from jaxmoe.training.errors import CheckpointError, no_space_left
+from jaxmoe.training.named_arrays import fingerprints, flat, named_arrays, nested, on_host, rebuilt
+from jaxmoe.training.policies import Retention, quality_of
+from jaxmoe.training.resharding import read_sharding, resharded
+from jaxmoe.training.saving import Saver
 from jaxmoe.training.state import TrainState
 from jaxmoe.version import __version__
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UNREADABLE_DIRECTORY = "unreadable_checkpoints"
+
+_SMALLEST_LIMIT = 64 * 2**20
+_DATA_FILE_BYTES = 64 * 2**20  # of OCDBT, which holds a data file in memory until it is complete
 
 
 class _UnreadableError(Exception):
@@ -50,103 +60,158 @@ class Restored:
     metadata: Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How checkpoints lie in storage, and what is put up with there; see `TrainConfig`, where the defaults are told.
+
+    Attributes:
+      ocdbt: many arrays in few files (TensorStore's OCDBT), else a folder for each array.
+      zarr3: version 3 of the zarr format for the arrays, else 2.
+      chunk_bytes: arrays are cut into chunks of at most this size.
+      max_missed_saves, patience_seconds: see `Saver`.
+    """
+
+    ocdbt: bool = True
+    zarr3: bool = True
+    chunk_bytes: int = 16 * 2**20
+    max_missed_saves: int = 3
+    patience_seconds: float = 60.0
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> Storage:
+        """As a run's configuration says."""
+        return cls(
+            ocdbt=train.checkpoint_ocdbt,
+            zarr3=train.checkpoint_zarr3,
+            chunk_bytes=train.checkpoint_chunk_bytes,
+            max_missed_saves=train.max_missed_saves,
+            patience_seconds=train.storage_patience_seconds,
+        )
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager that finishes the last write when it ends.
 
     Args:
       directory: of the checkpoints, local or gs://.
-      keep: how many of the newest stay.
+      retention: which of them stay; None: all.
+      storage: how they lie there.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int):
+    def __init__(self, directory: epath.PathLike, retention: Retention | None = None, storage: Storage | None = None):
         import orbax.checkpoint as ocp
 
         directory = epath.Path(directory)
         self.directory = directory if is_remote(directory) else directory.absolute()  # Orbax refuses relative ones
-        self._ocp = ocp
-        with self._explained():
+        self._ocp, self._storage, self._retention = ocp, storage or Storage(), retention
+        self._manager, self._limit = None, 0
+        with self._explained("opened"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._open(_SMALLEST_LIMIT)
+        self._saver = Saver(
+            str(self.directory), max(self._manager.all_steps(), default=None),
+            max_missed=self._storage.max_missed_saves, patience=self._storage.patience_seconds,
+        )  # fmt: skip
 
     @property
     def last_step(self) -> int | None:
-        """Step of the newest checkpoint that is completely on disk."""
-        steps = self._ocp.path.step.checkpoint_steps(self.directory) if self.directory.exists() else []
-        return max(steps, default=None)
+        """Step of the newest checkpoint that is completely in storage."""
+        return self._saver.last_step
 
-    def save(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        metadata: Mapping[str, Any],
+        *,
+        quality: float | None = None,
+        first: Callable[[], None] | None = None,
+        required: bool = False,
+    ) -> None:
         """Starts to write a checkpoint and returns; `state` may be donated right after.
 
         Args:
           step: steps done.
           state: of that step.
           metadata: JSON values to keep with it.
+          quality: by which the best checkpoints are chosen, smaller is better; None if it was not measured.
+          first: called before anything is written, and before every further attempt.
+          required: that it is not missed because the one before it takes long.
 
         Raises:
-          CheckpointError: this write cannot begin, or the previous one failed; NoSpaceLeftError if for want of space.
+          CheckpointError: a write failed for good, or too many were missed (see `Saver`); NoSpaceLeftError if for
+            want of space.
         """
-        arrays = _arrays(state)
-        described = {
-            name: {"dtype": str(array.dtype), "shape": list(array.shape), "fingerprint": int(fingerprint)}
-            for (name, array), fingerprint in zip(arrays.items(), _fingerprints(arrays), strict=True)
-        }
-        about = {
-            "format_version": FORMAT_VERSION, "jaxmoe": __version__, "step": step, **metadata, "arrays": described
-        }
-        args = self._ocp.args
-        with self._explained():
-            self._manager.save(
-                step, args=args.Composite(state=args.StandardSave(_nested(arrays)), metadata=args.JsonSave(about))
-            )
 
-    def restore(self, like: TrainState) -> Restored | None:
+        def begin() -> Callable[[], None]:
+            arrays = named_arrays(state)
+            marks, copies = fingerprints(arrays), on_host(arrays)
+
+            def write() -> None:
+                if first is not None:
+                    first()
+                self._write(step, copies, {**metadata, "arrays": _described(copies, np.asarray(marks))}, quality)
+
+            return write
+
+        self._saver.save(step, begin, required=required)
+
+    def restore(
+        self, like: Any, *, strict: bool = False, partial: bool = False, cast: bool = False
+    ) -> Restored | None:
         """The newest intact checkpoint; None if there is none at all.
 
         A checkpoint that is damaged, in that files are missing, cut or not what was written, is moved to the folder
         `unreadable_checkpoints` next to this one, with a warning, and the one before it is taken.
 
         Args:
-          like: a state with the structure, shapes and placement that the run needs.
+          like: a state with the structure, shapes and placement that the run needs, of arrays or of
+            `jax.ShapeDtypeStruct`s; on whatever devices, as many as there may be.
+          strict: a damaged checkpoint is an error instead, and nothing is moved.
+          partial: `like` may lack parts of what was saved (None in their place), which are not read.
+          cast: floating-point arrays may have another type than was saved; they are converted.
 
         Raises:
           CheckpointError: a checkpoint is of a newer format or of another model, the way to it fails (then nothing is
             moved), or all of those there are damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, Exception] = {}
         for step in steps:
             try:
-                return self._read(step, like)
+                restored = self._read(step, like, partial, cast)
             except (CheckpointError, MemoryError):
                 raise
             except Exception as wrapper:
-                error = _told(wrapper)
-                if not _is_damage(error):
+                if not (_is_damage(_told(wrapper)) or _is_of_content(_told(wrapper))):
+                    raise self._unreadable(step, wrapper) from wrapper
+                if strict:
                     raise CheckpointError(
-                        f"the checkpoint of step {step} in {self.directory} could not be read: {_first_line(error)}. "
-                        "It does not look damaged, and nothing was moved; run again when that is mended."
+                        f"checkpoint {self.directory / str(step)} is damaged: {first_line(wrapper)}. Nothing was moved "
+                        "(--strict_restore). Without --strict_restore it is set aside, and the one before it is taken."
                     ) from wrapper
-                aside = self._move_aside(step)
-                logger.warning(
-                    "checkpoint of step %d in %s cannot be read (%s); it is now %s, and the one before it is taken",
-                    step, self.directory, _first_line(error), aside,
-                )  # fmt: skip
-        if steps:
-            raise CheckpointError(
-                f"none of the checkpoints in {self.directory} can be read (steps {', '.join(map(str, steps))}, now in "
-                f"{self.directory.parent / UNREADABLE_DIRECTORY}); run again to train from the beginning."
-            )
-        return None
+                damaged[step] = wrapper
+            else:
+                self._set_aside(damaged)
+                return restored
+        if not steps:
+            return None
+        for step, wrapper in damaged.items():
+            if not _is_damage(_told(wrapper)):  # if none can be read, it may be this program that cannot
+                raise self._unreadable(step, wrapper) from wrapper
+        self._set_aside(damaged)
+        raise CheckpointError(
+            f"none of the checkpoints in {self.directory} can be read (steps {', '.join(map(str, steps))}, now in "
+            f"{self.directory.parent / UNREADABLE_DIRECTORY}); run again to train from the beginning."
+        )
 
     def raise_if_failed(self) -> None:
-        """Raises what went wrong in a write that ended since the last call; does not wait."""
-        with self._explained():
-            self._manager.check_for_errors()
+        """Raises what went wrong for good in a write that ended since the last call; does not wait."""
+        self._saver.raise_if_failed()
 
     def wait(self) -> None:
         """Returns when the last write is complete, or raises what went wrong in it."""
-        with self._explained():
-            self._manager.wait_until_finished()
+        self._saver.wait()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -154,55 +219,141 @@ class Checkpoints:
     def __exit__(self, kind, *exception) -> None:
         if kind is None:
             self.wait()
+        self._saver.abandon()
         with contextlib.suppress(Exception):
             self._manager.close()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Errors of a write, in words that say what is still there."""
+    def _explained(self, what: str) -> Iterator[None]:
         try:
             yield
         except CheckpointError:
             raise
         except Exception as error:
-            last = self.last_step
             if is_no_space(error):
-                raise no_space_left(self.directory, last) from error
-            kept = "there is none yet" if last is None else f"the last good one is of step {last}"
-            raise CheckpointError(
-                f"a checkpoint could not be written to {self.directory}: {_first_line(_told(error))}; {kept}. "
-                "Run again to go on from there."
-            ) from error
+                raise no_space_left(self.directory, None) from error
+            raise CheckpointError(f"{self.directory} could not be {what}: {first_line(error)}.") from error
 
-    def _read(self, step: int, like: TrainState) -> Restored:
+    def _open(self, limit: int) -> None:
+        """Opens Orbax's manager for arrays of which each, and all under way at once, take at most `limit` bytes."""
+        if limit <= self._limit:
+            return
+        ocp = self._ocp
+        if self._manager is not None:
+            self._manager.close()
+        # Among some of the processes, even if it is all, Orbax agrees through JAX's coordination service; else through
+        # the devices, which cannot be in a thread beside the training.
+        several = {} if alone() else {"active_processes": set(range(jax.process_count()))}
+        processes = ocp.options.MultiprocessingOptions(**several)
+        arrays = ocp.handlers.PyTreeCheckpointHandler(
+            save_concurrent_gb=limit / 1e9,
+            save_device_host_concurrent_gb=limit / 1e9,
+            restore_concurrent_gb=limit / 1e9,
+            use_ocdbt=self._storage.ocdbt,
+            use_zarr3=self._storage.zarr3,
+            use_compression=False,  # parameters and moments do not shrink
+            enable_pinned_host_transfer=True,  # where the copies of `on_host` are: no second copy
+            multiprocessing_options=processes,
+        )
+        retention = self._retention
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            multiprocessing_options=processes,
+            preservation_policy=None if retention is None else retention.policy(),
+            best_fn=quality_of if retention is not None and retention.best else None,  # has the metrics written
+            cleanup_tmp_directories=retention is not None,
+            enable_async_checkpointing=False,  # `Saver` has a thread for it
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_handlers={
+                "state": arrays, "metadata": ocp.handlers.JsonCheckpointHandler(multiprocessing_options=processes),
+            },
+        )
+        self._limit = limit
+
+    def _write(
+        self, step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any], quality: float | None
+    ) -> None:
+        """One attempt, in the thread of `Saver`."""
+        args = self._ocp.args
+        self._open(_limit(arrays))
+        if step in self._ocp.path.step.checkpoint_steps(self.directory):
+            return  # an earlier attempt failed only after that
+        chunked = self._ocp.SaveArgs(chunk_byte_size=self._storage.chunk_bytes)
+        about = {"format_version": FORMAT_VERSION, "jaxmoe": __version__, "step": step, **metadata}
+        self._manager.save(
+            step,
+            args=args.Composite(
+                state=args.PyTreeSave(
+                    nested(arrays),
+                    save_args=nested(dict.fromkeys(arrays, chunked)),
+                    ocdbt_target_data_file_size=max(_DATA_FILE_BYTES, self._storage.chunk_bytes),
+                ),
+                metadata=args.JsonSave({**about, "checksum": _checksum(about)}),
+            ),
+            metrics={"quality": quality},
+            force=True,
+        )
+
+    def _read(self, step: int, like: Any, partial: bool, cast: bool) -> Restored:
         args = self._ocp.args
         about = self._manager.restore(step, args=args.Composite(metadata=args.JsonRestore()))["metadata"]
-        _check_version(self.directory, step, about)
-        wanted = _arrays(like)
-        self._check_structure(step, about["arrays"], wanted)
+        _check_about(self.directory, step, about)
+        wanted = named_arrays(like)
+        self._check_structure(step, about["arrays"], wanted, partial, cast)
+        self._open(_limit(wanted))
+        stored = flat(self._manager.item_metadata(step)["state"].tree)
         target = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            name: jax.ShapeDtypeStruct(
+                array.shape, np.dtype(about["arrays"][name]["dtype"]),
+                sharding=read_sharding(array.shape, stored[name].storage.chunk_shape, array.sharding),
+            )
             for name, array in wanted.items()
-        }
-        nested = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(_nested(target))))["state"]
-        arrays = _flat(nested)
+        }  # fmt: skip
+        tree = nested(target)
+        restore = args.PyTreeRestore(
+            tree, restore_args=self._ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=partial
+        )
+        arrays = flat(self._manager.restore(step, args=args.Composite(state=restore))["state"])
         arrays = {name: arrays[name] for name in wanted}
-        for name, fingerprint in zip(arrays, _fingerprints(arrays), strict=True):
+        for name, fingerprint in zip(arrays, np.asarray(fingerprints(arrays)), strict=True):
             if about["arrays"][name]["fingerprint"] != int(fingerprint):
                 raise _UnreadableError(f"array {name} differs from what was written")
-        return Restored(step=step, state=_state(arrays, like), metadata=about)
+        for name, array in wanted.items():
+            found = arrays[name]
+            arrays[name] = resharded(found if found.dtype == array.dtype else found.astype(array.dtype), array.sharding)
+        return Restored(step=step, state=rebuilt(arrays, like), metadata=about)
 
-    def _check_structure(self, step: int, found: Mapping[str, Any], wanted: Mapping[str, jax.Array]) -> None:
+    def _check_structure(
+        self, step: int, found: Mapping[str, Any], wanted: Mapping[str, jax.Array], partial: bool, cast: bool
+    ) -> None:
         """Refuses a checkpoint of another model or optimizer."""
         old = {name: (tuple(array["shape"]), array["dtype"]) for name, array in found.items()}
         new = {name: (array.shape, str(array.dtype)) for name, array in wanted.items()}
-        for name in [*old, *new]:
-            if old.get(name) != new.get(name):
-                raise CheckpointError(
-                    f"the checkpoint of step {step} in {self.directory} is of another model: {name} is "
-                    f"{_shape(old.get(name))} in it and {_shape(new.get(name))} in this configuration. "
-                    "Take another folder for this configuration."
-                )
+        for name in new if partial else [*old, *new]:
+            was, wants = old.get(name), new.get(name)
+            if was == wants or (cast and was and wants and was[0] == wants[0] and _both_float(was[1], wants[1])):
+                continue
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.directory} is of another model: {name} is "
+                f"{_shape(was)} in it and {_shape(wants)} in this configuration. "
+                "Take another folder for this configuration."
+            )
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint of step {step} in {self.directory} could not be read: {first_line(error)}. "
+            "It does not look damaged, and nothing was moved; run again when that is mended."
+        )
+
+    def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
+        for step, error in damaged.items():
+            logger.warning(
+                "checkpoint of step %d in %s cannot be read (%s); it is now %s, and the one before it is taken",
+                step, self.directory, first_line(error), self._move_aside(step),
+            )  # fmt: skip
 
     def _move_aside(self, step: int) -> epath.Path:
         aside = self.directory.parent / UNREADABLE_DIRECTORY
@@ -210,11 +361,14 @@ class Checkpoints:
         # Also because in an object store a folder is there only if something is in it.
         (aside / "README.txt").write_text("Checkpoints that could not be read. Nothing needs them any more.\n")
         name, number = str(step), 1
-        while (aside / name).exists():
+        while of_first((aside / name).exists()):
             number += 1
             name = f"{step}-{number}"
-        (self.directory / str(step)).rename(aside / name)
+        with together():
+            if is_first():
+                (self.directory / str(step)).rename(aside / name)
         self._manager.reload()
+        self._saver.last_step = max(self._manager.all_steps(), default=None)
         return aside / name
 
 
@@ -235,22 +389,46 @@ def check_format(directory: epath.PathLike) -> None:
     step = max(ocp.path.step.checkpoint_steps(directory) if directory.exists() else (), default=None)
     if step is None:
         return
-    try:
-        about = read_json(directory / str(step) / "metadata" / "metadata")
-    except (OSError, ValueError):
-        return
-    if isinstance(about, dict) and "format_version" in about:
-        _check_version(directory, step, about)
+    with contextlib.suppress(OSError, ValueError, _UnreadableError):
+        _check_about(directory, step, read_json(directory / str(step) / "metadata" / "metadata"))
 
 
-def _check_version(directory: epath.Path, step: int, about: Mapping[str, Any]) -> None:
+def _check_about(directory: epath.Path, step: int, about: Any) -> None:
+    """Checks that a description is whole, and of a format that is known."""
+    if not isinstance(about, dict) or not isinstance(about.get("format_version"), int):
+        raise _UnreadableError("its metadata are not a description of a checkpoint")
+    own = {key: value for key, value in about.items() if key != "checksum"}
+    whole = about.get("checksum") == _checksum(own)
     version = about["format_version"]
+    if not whole and ("checksum" in about or version >= 2):
+        raise _UnreadableError("its metadata differ from what was written")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"the checkpoint of step {step} in {directory} has format {version}, written by jaxmoe "
             f"{about.get('jaxmoe', 'of a later version')}; jaxmoe {__version__} reads formats up to "
             f"{FORMAT_VERSION}. Install the newer jaxmoe, or take another folder."
         )
+
+
+def _checksum(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _described(arrays: Mapping[str, jax.Array], marks: np.ndarray) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"dtype": str(array.dtype), "shape": list(array.shape), "fingerprint": int(mark)}
+        for (name, array), mark in zip(arrays.items(), marks, strict=True)
+    }
+
+
+def _limit(arrays: Mapping[str, Any]) -> int:
+    """Bytes that may be under way between storage and devices: a tenth of this host's share, or the largest shard."""
+    sizes = [
+        int(np.prod(array.sharding.shard_shape(array.shape), dtype=np.int64)) * array.dtype.itemsize
+        * len(array.sharding.addressable_devices)
+        for array in arrays.values()
+    ]  # fmt: skip
+    return max(sum(sizes) // 10, max(sizes, default=0) + 1, _SMALLEST_LIMIT)
 
 
 def _told(error: BaseException) -> BaseException:
@@ -272,82 +450,19 @@ def _is_damage(error: BaseException) -> bool:
     return str(error).startswith(("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"))
 
 
+def _is_of_content(error: BaseException) -> bool:
+    """Whether an error is one of making sense of a file: of damage, if there are checkpoints that can be read."""
+    if re.match(r"[A-Z_]+: ", str(error)):  # as TensorStore's errors begin
+        return False
+    return isinstance(error, ValueError | TypeError | AttributeError | LookupError)
+
+
+def _both_float(*names: str) -> bool:
+    return all(jax.numpy.issubdtype(np.dtype(name), np.floating) for name in names)
+
+
 def _shape(described: tuple[tuple[int, ...], str] | None) -> str:
     if described is None:
         return "absent"
     shape, dtype = described
     return f"{dtype}[{', '.join(map(str, shape))}]"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
-
-
-# --------------------------------------------------------------------------- a state as named arrays and back
-
-
-def _name(path: tuple) -> str:
-    """`params/stacks/0/blocks/0/mlp/down`: where a leaf stands in the state."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return name.removesuffix("/value")
-
-
-def _arrays(state: TrainState) -> dict[str, jax.Array]:
-    """The leaves of a state by name; random keys as the numbers they are made of."""
-    return {
-        _name(path): jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
-
-
-def _state(arrays: Mapping[str, jax.Array], like: TrainState) -> TrainState:
-    """The inverse of `_arrays`, in the structure of `like`."""
-
-    def leaf(path: tuple, old: jax.Array) -> jax.Array:
-        new = arrays[_name(path)]
-        is_key = jnp.issubdtype(old.dtype, jax.dtypes.prng_key)
-        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if is_key else new
-
-    return jax.tree_util.tree_map_with_path(leaf, like)
-
-
-def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Names with slashes as nested dictionaries."""
-    root: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *folders, last = name.split("/")
-        place = root
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = array
-    return root
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The inverse of `_nested`."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat.update(_flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
-
-
-def _fingerprints(arrays: Mapping[str, jax.Array]) -> np.ndarray:
-    """(arrays,) uint32, one for each, computed where the arrays are."""
-    return np.asarray(_fingerprint_all(list(arrays.values())))
-
-
-@jax.jit
-def _fingerprint_all(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_fingerprint(array) for array in arrays])
-
-
-def _fingerprint(array: jax.Array) -> jax.Array:
-    """Sum of bits times odd numbers by place, modulo 2^32: any one changed element, or two exchanged, shows."""
-    width = array.dtype.itemsize * 8
-    if array.dtype == jnp.bool_:
-        bits = array.astype(jnp.uint32)
-    else:
-        bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
-    places = jax.lax.iota(jnp.uint32, bits.size).reshape(bits.shape)
-    return jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Callable, Iterator
 
 from etils import epath
 
-_NO_SPACE_CODES = (errno.ENOSPC, errno.EDQUOT)
-_NO_SPACE_WORDS = ("no space left", "enospc", "disk quota exceeded")
+from jaxmoe.storage_faults import is_no_space
 
 
 class TrainingError(RuntimeError):
@@ -38,19 +36,6 @@ class EvaluationStopped(Exception):
 
 class NoSpaceLeftError(CheckpointError):
     """The disk of the run directory is full."""
-
-
-def is_no_space(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that the disk is full."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in _NO_SPACE_CODES:
-            return True
-        if any(words in str(error).lower() for words in _NO_SPACE_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def no_space_left(path: epath.PathLike, last_step: int | None) -> NoSpaceLeftError:

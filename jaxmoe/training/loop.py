@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
 
 import jax
@@ -22,13 +22,14 @@ from jaxmoe.processes import is_first, together
 from jaxmoe.sharding import Partitioning, partitioning_of_run, rows_here
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.bad_steps import is_bad, judge_bad_step
-from jaxmoe.training.checkpoints import Checkpoints
+from jaxmoe.training.checkpoints import Checkpoints, Storage
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
 from jaxmoe.training.errors import EvaluationStopped, TrainingError, explain_no_space
 from jaxmoe.training.metrics import MetricsLog, NoLog, Throughput, plain_number
+from jaxmoe.training.policies import Retention, SaveSchedule, quality
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.signals import StopRequest
-from jaxmoe.training.state import init_state
+from jaxmoe.training.state import abstract_state, init_state
 from jaxmoe.training.step import Metrics, make_train_step, parameter_norm, place_batch
 from jaxmoe.training.watchdog import Watchdog
 from jaxmoe.training.workdir import Resume, check_contents, check_directory, claim_directory, training_hash
@@ -36,6 +37,9 @@ from jaxmoe.training.workdir import Resume, check_contents, check_directory, cla
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_DIRECTORY = "checkpoints"
+
+Evaluator = Callable[[EvaluationContext], Mapping[str, float | None] | None]
+"""Evaluates a model in training; returns what it measured by name, for `train.best_metric`, or None."""
 
 _STEPS_IN_FLIGHT = 2
 
@@ -61,10 +65,11 @@ def train(
     run: RunConfig,
     directory: epath.PathLike,
     *,
-    on_evaluate: Callable[[EvaluationContext], None] | None = None,
+    on_evaluate: Evaluator | None = None,
     progress: ProgressReporter | None = None,
     cache_dir: str | os.PathLike | None = None,
     resume: Resume = "auto",
+    strict_restore: bool = False,
     stop: StopRequest | None = None,
 ) -> TrainResult:
     """Trains a run to its end, going on after the newest checkpoint in its directory if there is one.
@@ -84,13 +89,14 @@ def train(
       resume: `force` goes on in a directory of another configuration, or with data that changed since its checkpoint,
         unless that run is finished and was trained as something else; config.json is replaced once the checkpoint
         is known to fit.
+      strict_restore: a damaged checkpoint is an error, instead of being set aside for the one before it.
       stop: asks the run to stop; None: SIGTERM and SIGINT do, while this call lasts.
 
     Raises:
       ConfigError: the configuration cannot be run, or not in this directory, or not with the data as they are now;
         another process is training in the directory.
-      TrainingError: a full disk, no readable checkpoint, too many non-finite steps in a row, or a loss spike if the
-        configuration stops at one.
+      TrainingError: storage that stays full or away, no readable checkpoint, too many non-finite steps in a row, or a
+        loss spike if the configuration stops at one.
 
     Where nothing moves for `run.train.watchdog_minutes`, the process ends; see `jaxmoe.training.watchdog`.
     """
@@ -109,12 +115,13 @@ def train(
             if is_first():
                 stack.enter_context(exclusive(directory))
         watchdog = stack.enter_context(Watchdog(directory, run.train.watchdog_minutes))
-        keep = run.train.keep_checkpoints
-        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, keep))
+        retention, storage = Retention.of(run.train), Storage.of(run.train)
+        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, retention, storage))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))
         loop = _Loop(
-            run, directory, mixture, partitioning, checkpoints, resume, stop, watchdog, on_evaluate, progress
-        )
+            run, directory, mixture, partitioning, checkpoints, resume, strict_restore, stop, watchdog, on_evaluate,
+            progress,
+        )  # fmt: skip
         return loop.run_to_end()
 
 
@@ -138,9 +145,10 @@ class _Loop:
         partitioning: Partitioning | None,
         checkpoints: Checkpoints,
         resume: Resume,
+        strict_restore: bool,
         stop: StopRequest,
         watchdog: Watchdog,
-        on_evaluate: Callable[[EvaluationContext], None] | None,
+        on_evaluate: Evaluator | None,
         progress: ProgressReporter | None,
     ):
         self._run, self._directory, self._mixture = run, directory, mixture
@@ -148,10 +156,12 @@ class _Loop:
         self._on_evaluate, self._progress = on_evaluate, progress
         self._source_names, self._contents = mixture.source_names, mixture.contents()
         self._partitioning = partitioning
-        self._graphdef, self._state = init_state(run, partitioning)
-        self._step, self._loss, self._resumed, evaluated = 0, None, None, True
-        restored = checkpoints.restore(self._state)
-        if restored is not None:
+        self._step, self._loss, self._resumed, self._quality, evaluated = 0, None, None, None, True
+        self._graphdef, like = abstract_state(run, partitioning)
+        restored = checkpoints.restore(like, strict=strict_restore)
+        if restored is None:
+            _, self._state = init_state(run, partitioning)
+        else:
             self._state, self._step = restored.state, restored.step
             self._loss, evaluated = restored.metadata["loss"], restored.metadata["evaluated"]
             found = restored.metadata["data"].get("contents")
@@ -179,7 +189,7 @@ class _Loop:
         try:
             if self._evaluation_due and self._stop.requested is None:
                 self._evaluate()
-            if self._step < train.steps:
+            if self._step < train.steps and self._stop.requested is None:
                 self._train_on()
             with self._watchdog.patient("finishing the last checkpoint"):
                 self._checkpoints.wait()
@@ -197,9 +207,10 @@ class _Loop:
         evaluations = frozenset(run.evaluation.steps_of(steps))
         window = averaging_window(run.train, len(evaluations))
         window_starts = {step - window for step in evaluations}
+        schedule = SaveSchedule(run.train, evaluations)
         batches = self._mixture.iterator(self._step)
         try:
-            while self._step < steps and self._stop.requested is None:
+            while self._step < steps:
                 batch = place_batch(next(batches), self._partitioning, run.train.batch_size)
                 if self._step in window_starts:
                     self._state = dataclasses.replace(self._state, recent=self._state.recent.cleared())
@@ -210,12 +221,14 @@ class _Loop:
                 self._in_flight.append(_InFlight(self._step, metrics, self._stop.ask()))
                 self._observe(_STEPS_IN_FLIGHT)
                 self._checkpoints.raise_if_failed()
-                self._evaluation_due = self._step in evaluations
+                self._evaluation_due, self._quality = self._step in evaluations, None
                 if self._evaluation_due and self._stop.requested is None:
                     self._evaluate()
-                at_interval = self._step % run.train.checkpoint_interval == 0 or self._step == steps
-                if at_interval or self._stop.requested is not None:
-                    self._save(batches.get_state())
+                stopping = self._stop.requested is not None
+                if schedule.due(self._step) or stopping:
+                    self._save(batches.get_state(), required=stopping or self._step == steps)
+                if stopping:
+                    break
         finally:
             batches.close()
 
@@ -242,7 +255,6 @@ class _Loop:
 
     def _fail(self, failure: Callable[[str], TrainingError]) -> NoReturn:
         """Ends the run with an error that names the last good checkpoint."""
-        self._log.flush()
         self._checkpoints.wait()
         last = self._checkpoints.last_step
         which = "There is no checkpoint yet" if last is None else f"The last good checkpoint is of step {last}"
@@ -258,13 +270,14 @@ class _Loop:
             )  # fmt: skip
             try:
                 with self._watchdog.patient(f"evaluating step {self._step}"):
-                    self._on_evaluate(context)
+                    measured = self._on_evaluate(context)
             except EvaluationStopped:
                 return  # it stays due
+            self._quality = quality(self._run.train, context.training_loss, measured)
         self._evaluation_due = False
 
-    def _save(self, data: Any) -> None:
-        """Starts a checkpoint; everything logged so far is on disk before it can be complete."""
+    def _save(self, data: Any, *, required: bool) -> None:
+        """Starts a checkpoint; everything logged so far is in storage before it can be complete."""
         self._settle()
         rows = self._step * self._run.train.batch_size
         accounts = self._mixture.accounting(self._step).values()
@@ -279,12 +292,13 @@ class _Loop:
             "sources": {account.name: {"rows": account.rows, "tokens": account.tokens} for account in accounts},
         }
         with self._watchdog.patient(f"saving step {self._step}"):
-            self._checkpoints.save(self._step, self._state, metadata)
+            self._checkpoints.save(
+                self._step, self._state, metadata, quality=self._quality, first=self._log.flush, required=required
+            )
 
     def _settle(self) -> None:
-        """Waits for every step in flight, and brings the log to disk."""
+        """Waits for every step in flight."""
         self._observe(leave=0)
-        self._log.flush()
         self._throughput.pause()
 
     def _check_resumable(self) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import pathlib
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ from etils import epath
 
 from jaxmoe.run_files import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.storage import is_remote, write_text
+from jaxmoe.storage_faults import first_line, is_storage_fault
+from jaxmoe.training.appending import AppendedFile
 from jaxmoe.training.tensorboard import EventFile
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def metrics_line(step: int, metrics: Mapping[str, Any], source_names: Sequence[s
 
     Args:
       step: the number of the update, counted from 1.
-      metrics: of the train step and `param_norm` after it, fetched.
+      metrics: of the train step, fetched; in the steps of `log_every` with the `param_norm` after it.
       source_names: of the mixture, in its order; their losses become `loss/NAME`.
 
     Returns:
@@ -63,7 +64,8 @@ class JsonLines:
     """A file of one JSON object per line, each with its `step`, in rising order.
 
     A local file is appended to line by line. Object stores cannot append, so elsewhere the lines are held and the
-    file is written anew at `flush`.
+    file is written anew at `flush`. On a disk that is full, or a store that does not answer, lines are held until it
+    is mended. Several threads may use it.
 
     Args:
       path: of the file; its folder must exist.
@@ -77,32 +79,53 @@ class JsonLines:
         if not whole:
             write_text(self._path, "".join(kept))
         remote = is_remote(self._path)
-        self._lines = kept if remote else []
-        self._file = None if remote else pathlib.Path(self._path).open("ab", buffering=0)  # noqa: SIM115
+        self._file = None if remote else AppendedFile(self._path)
+        self._lines, self._in_store = (kept, len(kept)) if remote else ([], 0)
+        self._flushing = threading.Lock()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Adds a line; a reader may see it from now on, and after `flush` it survives."""
         text = json.dumps(line, allow_nan=False) + "\n"
         if self._file is None:
             self._lines.append(text)
-            return
-        remaining = memoryview(text.encode())
-        while remaining:
-            remaining = remaining[self._file.write(remaining) :]
+        else:
+            self._file.append(text.encode())
 
     def flush(self) -> None:
-        """Returns when every line is on disk."""
-        if self._file is None:
-            write_text(self._path, "".join(self._lines))
-        else:
-            os.fsync(self._file.fileno())
+        """Returns when every line is in storage.
+
+        Raises:
+          OSError: or what the store's client raises; nothing is lost, and a later call tries again.
+        """
+        if self._file is not None:
+            self._file.flush()
+            return
+        with self._flushing:  # so that no older content replaces a newer
+            self._rewrite()
 
     def close(self) -> None:
-        """Flushes and closes; a second time does nothing."""
-        if self._file is None:
-            self.flush()
-        elif not self._file.closed:
+        """Writes what is held if storage takes it, and closes; a second time does nothing.
+
+        What it does not take is lost. No checkpoint is of those steps, since the log is flushed before one is written,
+        so that they come again when the run goes on.
+        """
+        if self._file is not None:
             self._file.close()
+        elif self._flushing.acquire(blocking=False):  # else another thread is at it, and storage does not answer
+            try:
+                self._rewrite()
+            except Exception as error:
+                if not is_storage_fault(error):
+                    raise
+                logger.warning("the last lines of %s could not be written (%s)", self._path, first_line(error))
+            finally:
+                self._flushing.release()
+
+    def _rewrite(self) -> None:
+        count = len(self._lines)
+        if count > self._in_store:
+            write_text(self._path, "".join(self._lines[:count]), patience=0.0)
+            self._in_store = count
 
 
 def _read_lines(path: epath.Path, keep_until: int) -> tuple[list[str], bool]:
@@ -202,14 +225,18 @@ class MetricsLog:
             self._tensorboard.write(step, scalars)
 
     def flush(self) -> None:
-        """Returns when everything written is on disk."""
+        """Returns when everything written is in storage; another thread may call this while lines are written.
+
+        Raises:
+          OSError: or what an object store's client raises; nothing is lost, and a later call tries again.
+        """
         self._metrics.flush()
         self._throughput.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flushes and closes all of them."""
+        """Writes what is held if storage takes it, and closes all of them."""
         self._metrics.close()
         self._throughput.close()
         if self._tensorboard is not None:

@@ -15,10 +15,11 @@ from jaxmoe.data import Mixture
 from jaxmoe.exclusive import exclusive
 from jaxmoe.processes import is_first, together
 from jaxmoe.sharding import Partitioning, make_partitioning, use_partitioning
-from jaxmoe.training.checkpoints import Checkpoints
+from jaxmoe.training.checkpoints import Checkpoints, Storage
 from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 from jaxmoe.training.optimizer import make_optimizer
-from jaxmoe.training.state import TrainState, abstract_state, init_state, initial_state, relevant_to_step
+from jaxmoe.training.policies import Retention
+from jaxmoe.training.state import TrainState, abstract_state, initial_state, relevant_to_step
 from jaxmoe.training.workdir import check_directory, claim_directory, training_hash
 
 
@@ -76,7 +77,7 @@ def write_start(
             if is_first():
                 stack.enter_context(exclusive(directory))
         folder = directory / CHECKPOINT_DIRECTORY
-        checkpoints = stack.enter_context(Checkpoints(folder, run.train.keep_checkpoints))
+        checkpoints = stack.enter_context(Checkpoints(folder, Retention.of(run.train), Storage.of(run.train)))
         if checkpoints.last_step is not None:
             raise ConfigError(
                 f"{directory} has a checkpoint of step {checkpoints.last_step} already; take another folder to start "
@@ -113,11 +114,11 @@ def read_parameters(run: RunConfig, directory: epath.PathLike) -> tuple[int, nnx
       CheckpointError: the checkpoints are of another model, or cannot be read.
     """
     directory = epath.Path(directory)
-    graphdef, state = init_state(run, make_partitioning(MeshConfig()))
+    graphdef, like = abstract_state(run, make_partitioning(MeshConfig()))
     restored = None
     if (directory / CHECKPOINT_DIRECTORY).exists():
-        with Checkpoints(directory / CHECKPOINT_DIRECTORY, run.train.keep_checkpoints) as checkpoints:
-            restored = checkpoints.restore(state)
+        with Checkpoints(directory / CHECKPOINT_DIRECTORY) as checkpoints:
+            restored = checkpoints.restore(dataclasses.replace(like, opt_state=None), partial=True)
     if restored is None:
         raise ConfigError(f"{directory} has no checkpoint; train the run first, or give the folder of another.")
     return restored.step, nnx.merge(graphdef, restored.state.params, restored.state.others)

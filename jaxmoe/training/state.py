@@ -197,6 +197,5 @@ def relevant_to_step(config: TrainConfig) -> TrainConfig:
         config = dataclasses.replace(config, spike_window=100, spike_factor=10.0)
     elif config.spike_action == "stop":
         config = dataclasses.replace(config, spike_action="skip")  # whether the run goes on is the loop's affair
-    return dataclasses.replace(
-        config, log_every=10, checkpoint_every=None, keep_checkpoints=2, max_nonfinite_steps=20, watchdog_minutes=20.0
-    )
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{name: fields[name] for name in TrainConfig.BOOKKEEPING})

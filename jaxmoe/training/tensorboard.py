@@ -2,7 +2,7 @@
 
 tensorboardX has writers of its own, which hand events to a thread through a queue of bounded length: when a full disk
 ends that thread, the next events block for good, and training with them. Here an event is on its way to the disk when
-`write` returns, and an error of the disk is one of the caller. Its protocol buffers and checksum are tensorboardX's.
+`write` returns; a full disk is put up with, and `flush` says so. Its protocol buffers and checksum are tensorboardX's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 
 from etils import epath
+
+from jaxmoe.training.appending import AppendedFile
 
 
 class EventFile:
@@ -35,7 +37,7 @@ class EventFile:
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._file = open(directory / name, "ab", buffering=0)  # noqa: SIM115
+        self._file = AppendedFile(directory / name)
         self._append(file_version="brain.Event:2")
         started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._append(step=first_step, session_log=started)
@@ -47,7 +49,7 @@ class EventFile:
 
     def flush(self) -> None:
         """Returns when everything written is on disk."""
-        os.fsync(self._file.fileno())
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file; a second time does nothing."""
@@ -58,6 +60,4 @@ class EventFile:
         content = self._event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("<Q", len(content))
         parts = length, struct.pack("<I", self._checksum(length)), content, struct.pack("<I", self._checksum(content))
-        remaining = memoryview(b"".join(parts))
-        while remaining:
-            remaining = remaining[self._file.write(remaining) :]
+        self._file.append(b"".join(parts))

@@ -8,17 +8,14 @@ from typing import Any, Literal
 
 from etils import epath
 
-from jaxmoe.config import ConfigError, RunConfig, config_hash, to_dict
+from jaxmoe.config import ConfigError, RunConfig, TrainConfig, config_hash, to_dict
 from jaxmoe.data import DataError, content_changes
 from jaxmoe.run_files import CONFIG_FILE, DONE_FILE
 from jaxmoe.storage import read_json, write_json
 
 Resume = Literal["auto", "force"]
 
-_BOOKKEEPING = tuple(
-    f"train.{name}"
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "watchdog_minutes")
-)
+_BOOKKEEPING = tuple(f"train.{name}" for name in TrainConfig.BOOKKEEPING)
 
 _SHOWN_DIFFERENCES = 20
 

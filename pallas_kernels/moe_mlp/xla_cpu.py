@@ -26,36 +26,60 @@ def _swiglu(hidden: jax.Array) -> jax.Array:
     return jax.nn.silu(gated) * up
 
 
-def _layout(plan: Plan, w_down: jax.Array) -> Layout:
+def _layout(plan: Plan, w_down: jax.Array, recompute: bool) -> Layout:
+    """The windows and blocks; where memory is to be saved, turns of the loop that copy few experts' weights."""
     _, hidden, width = w_down.shape
-    return layout_of(plan.group_sizes, plan.num_rows, weights_per_expert=3 * hidden * width)
+    layout = layout_of(plan.group_sizes, plan.num_rows, weights_per_expert=3 * hidden * width)
+    return layout.with_batch(2) if recompute else layout
 
 
-_PARTS = 8
-"""The most parts of the experts whose windows are taken one after the other where memory is to be saved."""
+_MANY_NUMBERS = 2**23
+"""Numbers in the rows' arrays from which on windows are taken part by part: 32 MiB in float32."""
 
 
-def _in_parts(function, *arrays):
-    """`function` of arrays over the experts, of as many experts at a time as divide E into up to `_PARTS` parts."""
-    experts = jax.tree.leaves(arrays)[0].shape[0]
-    parts = max(count for count in range(1, _PARTS + 1) if experts % count == 0)
-    cut = jax.tree.map(lambda array: array.reshape(parts, experts // parts, *array.shape[1:]), arrays)
-    return jax.tree.map(
-        lambda array: array.reshape(experts, *array.shape[2:]), jax.lax.map(lambda part: function(*part), cut)
-    )
+def _num_parts(recompute: bool, plan: Plan, w_down: jax.Array) -> int:
+    """How many parts of the experts are to be taken one after the other.
 
-
-_MANY_NUMBERS = 2**25
-
-
-def _rows_outweigh(plan: Plan, w_down: jax.Array) -> bool:
-    """Whether the rows' arrays, (N, D) twice and (N, F) thrice, are large and more than twice the weights.
-
-    Then windows are taken part by part, which halves the memory for about an eighth of the time: a part's weights are
-    copied, little beside the arrays of its rows.
+    A part's weights are copied, and its gradients are held beside those of all. So there are more parts the more the
+    weights weigh beside the rows' arrays (as the layer is defined: (N, D) twice and (N, F) thrice), and more with
+    `recompute`, where less is held beside them. Without it they cost a tenth to a sixth of the time: one part does
+    where the rows' arrays are small, or small beside the weights.
     """
     experts, hidden, width = w_down.shape
-    return plan.num_rows * (2 * width + 3 * hidden) >= max(_MANY_NUMBERS, 2 * 3 * experts * hidden * width)
+    rows, weights = plan.num_rows * (2 * width + 3 * hidden), 3 * experts * hidden * width
+    if recompute:
+        return 8 + 12 * weights // rows
+    return 4 + 4 * weights // rows if rows >= max(_MANY_NUMBERS, 2 * weights // 3) else 1
+
+
+def _part_size(experts: int, parts: int) -> int:
+    """Experts of a part: a divisor of E where there is one that is nearly as large as E / parts."""
+    most = max(experts // parts, 1)
+    return next((size for size in range(most, most // 2, -1) if experts % size == 0), most)
+
+
+def _in_parts(parts: int, function, *arrays):
+    """`function` of arrays over the experts, of about E / `parts` experts at a time.
+
+    All parts are of one size; where it does not divide E, the last one begins earlier and repeats some experts.
+    """
+    experts = jax.tree.leaves(arrays)[0].shape[0]
+    size = _part_size(experts, parts)
+    if size == experts:
+        return function(*arrays)
+
+    def cut(first):
+        return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, first, size), arrays)
+
+    def step(i, outs):
+        first = jnp.minimum(i * size, experts - size)
+        return jax.tree.map(
+            lambda out, part: jax.lax.dynamic_update_slice_in_dim(out, part, first, axis=0), outs, function(*cut(first))
+        )
+
+    like = jax.eval_shape(lambda: function(*cut(0)))
+    outs = jax.tree.map(lambda part: zeros((experts, *part.shape[1:]), part.dtype, arrays), like)
+    return jax.lax.fori_loop(0, -(-experts // size), step, outs)
 
 
 def _tokens(plan: Plan, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -100,18 +124,16 @@ def moe_mlp(
 
 
 def _forward(recompute, x, plan, gate, w_gate_up, w_down):
-    layout = _layout(plan, w_down)
-    rows = layout.windows()
+    layout = _layout(plan, w_down, recompute)
+    rows, parts = layout.windows(), _num_parts(recompute, plan, w_down)
 
     def window(rows, w_in, w_out):
         return _experts(take_valid(x, _tokens(plan, rows)[1], rows.valid), w_in, w_out)
 
     if recompute:
-        hidden, window_out = None, _in_parts(lambda *part: window(*part)[1], rows, w_gate_up, w_down)
-    elif _rows_outweigh(plan, w_down):
-        hidden, window_out = _in_parts(window, rows, w_gate_up, w_down)
+        hidden, window_out = None, _in_parts(parts, lambda *part: window(*part)[1], rows, w_gate_up, w_down)
     else:
-        hidden, window_out = window(rows, w_gate_up, w_down)
+        hidden, window_out = _in_parts(parts, window, rows, w_gate_up, w_down)
 
     def overflow(expert, rows, slot, block_out):
         x_rows = take_valid(x, _tokens(plan, rows)[1], rows.valid)
@@ -127,7 +149,7 @@ def _forward(recompute, x, plan, gate, w_gate_up, w_down):
 
 def _backward(recompute, residuals, y_gradient):
     x, plan, gate, w_gate_up, w_down, hidden = residuals
-    layout = _layout(plan, w_down)
+    layout = _layout(plan, w_down, recompute)
     flat_gate = gate.astype(jnp.float32).reshape(-1)
 
     def gathered(rows):
@@ -143,15 +165,18 @@ def _backward(recompute, residuals, y_gradient):
         hidden = _einsum("ecd,edf->ecf", x_rows, w_in).astype(x.dtype)
         return _experts_backward(x_rows, y_rows, row_gate, hidden, w_in, w_out)
 
-    windows = layout.windows()
+    windows, parts = layout.windows(), _num_parts(recompute, plan, w_down)
     if recompute:
-        of_windows = _in_parts(again, windows, w_gate_up, w_down)
-    elif _rows_outweigh(plan, w_down):
-        of_windows = _in_parts(
-            lambda rows, *part: _experts_backward(*gathered(rows), *part), windows, hidden, w_gate_up, w_down
-        )
+        of_windows = _in_parts(parts, again, windows, w_gate_up, w_down)
     else:
-        of_windows = _experts_backward(*gathered(windows), hidden, w_gate_up, w_down)
+        of_windows = _in_parts(
+            parts,
+            lambda rows, *part: _experts_backward(*gathered(rows), *part),
+            windows,
+            hidden,
+            w_gate_up,
+            w_down,
+        )
     window_x, window_gate, *weight_gradients = of_windows
 
     def overflow(expert, rows, slot, carry):

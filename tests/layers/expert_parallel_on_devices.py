@@ -223,6 +223,19 @@ def test_the_exchange_delivers_by_source_and_expert_and_returns(sizes):
     np.testing.assert_array_equal(slices.receive_size, slices.send_size.T)
 
 
+def test_the_dropless_view_has_room_for_all_that_could_come():
+    """As generation needs it: with few tokens at a time, all of them often go to one device."""
+    bounded, exact = make_moe(expert_buffer_factor=0.25), make_moe()
+    (x, cotangent), mask, params = tokens(8, 4), jnp.ones((8, 4), bool), nnx.state(exact)
+    spread = partitioning(fsdp=2, expert=4)
+    assert compiled(bounded, spread)(params, x, mask, cotangent)[0][1][1].overflowed > 0
+    view = nnx.view(bounded, dropless=True)
+    (_, (y, statistics)), _ = compiled(view, spread)(params, x, mask, cotangent)
+    (_, (expected, _)), _ = compiled(exact, None)(params, x, mask, cotangent)
+    assert statistics.overflowed == 0
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_buffer_holds_what_could_come_or_a_multiple_of_the_mean():
     assert received_rows_bound(tokens=16, k=2, num_experts=8, devices=4, factor=None) == 4 * 16 * 2
     assert received_rows_bound(tokens=16, k=8, num_experts=8, devices=4, factor=None) == 4 * 16 * 2

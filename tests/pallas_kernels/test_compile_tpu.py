@@ -70,7 +70,7 @@ def test_the_compiled_layer_wastes_nothing(chip, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_the_layer_holds_its_routed_activations_and_little_more(chip):
     """The formula of docs/kernels.md."""
     tokens, k, _, width, hidden = SHAPES["few_experts"]
@@ -106,13 +106,17 @@ def test_recomputing_copies_no_weights():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
-def test_each_kernel_compiles_alone_within_its_memory(chip):
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [("v5e", "bfloat16"), ("v5p", "bfloat16"), ("v6e", "bfloat16"), ("tpu7x", "bfloat16"), ("v5e", "float32"),
+     ("v6e", "float32")],
+)  # fmt: skip
+def test_each_kernel_compiles_alone_within_its_memory(chip, dtype):
     """And says what it takes of it, and of FLOPs and bytes."""
     for shape in (SHAPES["odd"], SHAPES["fine_grained"]):
-        for case in cases.kernel_cases(shape, jnp.bfloat16, Target("tpu", chip=chip)):
+        for case in cases.kernel_cases(shape, jnp.dtype(dtype), Target("tpu", chip=chip)):
             try:
-                result = compile_all.result_of(case, shape, "bfloat16", chip)
+                result = compile_all.result_of(case, shape, dtype, chip)
             except targets.CompilerMissing as error:
                 pytest.skip(str(error))
             assert result.error is None, result

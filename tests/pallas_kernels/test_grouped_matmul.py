@@ -188,6 +188,19 @@ def test_windows_and_blocks_hold_every_row_once(sizes, weights):
     assert (held >= 0).sum() + (blocks >= 0).sum() == sizes.sum()
 
 
+@given(sizes=group_sizes(experts=9, rows=300), window=st.integers(0, 60), block=st.sampled_from([8, 16, 64]))
+def test_no_routing_needs_more_blocks(sizes, window, block):
+    sizes = np.asarray(sizes)
+    assert np.sum(-(-np.maximum(sizes - window, 0) // block)) <= windows.most_blocks(300, 9, window, block)
+
+
+def test_some_routing_needs_that_many_blocks():
+    """All rows with one expert; one row too many with each of eight, and the other 112 with the ninth."""
+    assert windows.most_blocks(300, 9, 40, 16) == -(-(300 - 40) // 16) == 17
+    assert windows.most_blocks(300, 9, 20, 64) == 8 + 2 == 8 + -(-112 // 64)
+    assert windows.most_blocks(300, 9, 300, 8) == 1  # none, but a buffer has to have a place
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

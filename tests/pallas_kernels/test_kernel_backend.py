@@ -58,6 +58,17 @@ def test_a_gpu_that_cannot_run_the_kernels_is_another_platform(version, capabili
     assert execution.platform() == platform
 
 
+@pytest.mark.parametrize(("kind", "platform"), [("TPU v5p", "tpu"), ("TPU v4", "TPU v4"), ("TPU v3", "TPU v3")])
+def test_a_tpu_with_little_vmem_is_another_platform(kind, platform, monkeypatch):
+    monkeypatch.setattr(execution.jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(execution.jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert execution.platform() == platform
+    if platform != "tpu":
+        assert resolved_backend() == "ragged_dot"
+        with pytest.raises(ValueError, match=f"backend='tpu' runs on TPU v5e, .* but the platform is '{kind}'"):
+            contextvars.Context().run(execution.target_of, "tpu")
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'tpu', 'gpu', 'ragged_dot'"):
         resolved_backend("fast")
@@ -67,7 +78,7 @@ def test_a_backend_on_another_platform_is_refused_with_what_would_work():
     rows, weights, sizes = jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.array([4, 4])
 
     def outside_the_interpreter():
-        with pytest.raises(ValueError, match="runs on TPU but the platform is 'cpu'; choose backend='auto'"):
+        with pytest.raises(ValueError, match="runs on TPU v5e, .* but the platform is 'cpu'; choose backend='auto'"):
             grouped_matmul(rows, weights, sizes, backend="tpu")
 
     contextvars.Context().run(outside_the_interpreter)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import BACKENDS, combine, dispatch, grouped_matmul, make_plan, moe_mlp, windows
+from pallas_kernels import BACKENDS, cases, combine, dispatch, grouped_matmul, make_plan, moe_mlp, windows
+from pallas_kernels.execution import Target
 from pallas_kernels.moe_mlp import kernels, xla_cpu
 
 FAST_BACKENDS = [backend for backend in BACKENDS if backend != "reference"]
@@ -306,12 +307,13 @@ def test_cpu_program_is_no_dense_expansion():
     assert program("reference").cost_analysis()["flops"] >= 0.99 * LARGE.experts * flops_of(rows)
 
 
+@pytest.mark.parametrize("experts", [6, 11])
 @pytest.mark.parametrize("keep", ["hidden", "inputs"])
-def test_cpu_in_parts_equals_all_at_once(keep, monkeypatch):
-    """Windows taken part by part, with the hidden layer kept or computed again."""
+def test_cpu_in_parts_equals_all_at_once(keep, experts, monkeypatch):
+    """Windows taken part by part, with the hidden layer kept or computed again; 11 are no whole number of parts."""
     monkeypatch.setattr(xla_cpu, "_MANY_NUMBERS", 0)
-    sizes = Sizes(tokens=64, choices=2, experts=6, width=4, hidden=2)
-    expert_index = np.random.default_rng(7).integers(0, 6, (64, 2)).astype(np.int32)
+    sizes = Sizes(tokens=64, choices=2, experts=experts, width=4, hidden=2)
+    expert_index = np.random.default_rng(7).integers(0, experts, (64, 2)).astype(np.int32)
     x, gate, w_gate_up, w_down, cotangent = arrays(sizes)
 
     @jax.jit
@@ -354,18 +356,23 @@ def test_gpu_recomputes_part_by_part(monkeypatch):
     assert_close(recomputed(x, gate, w_gate_up, w_down), formula(expert_index, arrays(sizes)))
 
 
-@pytest.mark.parametrize(("recompute", "share"), [(False, 1.25), (True, 0.75)])
-def test_cpu_memory_of_many_rows(recompute, share):
+@pytest.mark.parametrize(
+    ("tokens", "experts", "recompute", "share"),
+    [
+        (8192, 8, False, 1.25),
+        (8192, 8, True, 0.6),
+        (4096, 11, False, 1.25),
+        (4096, 11, True, 0.6),
+        (2048, 32, False, 1.25),
+        (2048, 256, True, 0.6),  # weights eleven times the rows' arrays
+    ],
+)
+def test_cpu_memory(tokens, experts, recompute, share):
     """Against what the layer is defined by: saved inputs and routed activations (docs/kernels.md)."""
-    tokens, choices, experts, width, hidden = 8192, 2, 8, 256, 512
-    shapes = jax.eval_shape(lambda: arrays(Sizes(tokens, choices, experts, width, hidden)))
-
-    def layer(expert_index, x, gate, w_gate_up, w_down, cotangent):
-        mlp = functools.partial(moe_mlp, recompute=recompute, backend="cpu")
-        return pulled(mlp, x, expert_index, gate, w_gate_up, w_down, cotangent)
-
-    compiled = jax.jit(layer).lower(jax.ShapeDtypeStruct((tokens, choices), jnp.int32), *shapes).compile()
-    numbers = tokens * width + tokens * choices * (2 * width + 3 * hidden)
+    shape = cases.Shape(tokens, 2, experts, 256, 512)
+    case = cases.layer_case(shape, jnp.float32, Target("cpu"), recompute=recompute)
+    compiled = jax.jit(case.function).lower(*case.arguments.values()).compile()
+    numbers = tokens * shape.width + shape.rows * (2 * shape.width + 3 * shape.hidden)
     assert compiled.memory_analysis().temp_size_in_bytes <= share * 4 * numbers
 
 

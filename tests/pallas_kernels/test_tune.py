@@ -2,8 +2,10 @@
 
 import contextvars
 import json
+import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import cases, tiles, tune
@@ -57,7 +59,37 @@ def test_a_candidate_runs_with_its_tile_and_gives_the_same(table):
         columns.add(tuple(tile.items()))
     assert len(columns) == 2
     assert float(abs(outs[0] - outs[1]).max()) < 1e-4
-    assert tune.seconds_of(lambda x: x + 1, [outs[0]]) > 0
+
+
+def test_what_starting_a_program_takes_does_not_count(monkeypatch):
+    """A clock on which a call takes a second and starting the program five: one second a call, traced once."""
+    loops = [21] * 11 + [1] * 11
+    clock = iter([seconds for turns in loops for seconds in (0.0, 5.0 + turns)])
+    monkeypatch.setattr(tune, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    traced = []
+
+    def product(x):
+        traced.append(x.shape)
+        return x @ x
+
+    assert tune.seconds_of(product, [jnp.ones((8, 8))]) == pytest.approx(1.0)
+    assert traced == [(8, 8)]
+
+
+def test_without_a_home_the_rule_decides_and_tune_asks_for_a_file(monkeypatch, capsys):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (tiles.ENVIRONMENT_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    assert tiles.user_table() is None
+    (case, *_) = cases.kernel_cases(SHAPE, "float32", TARGET)
+    assert case.tiling.choose("float32", "v5p", **case.sizes) is not None
+    monkeypatch.setattr(tune, "resolved_backend", lambda: "tpu")
+    with pytest.raises(SystemExit):
+        tune.main([])
+    assert "name one with --table=FILE" in capsys.readouterr().err
 
 
 def test_on_cpu_it_says_that_there_is_nothing_to_tune(capsys):

@@ -14,6 +14,7 @@ from jaxmoe.scaling import Study
 from jaxmoe.scaling.fit import _parsed_bytes, _refused_peak, check_fit, memory_limit
 from jaxmoe.scaling.fit_report import describe_fit
 from jaxmoe.scaling.fit_search import expected_bytes, plans_of
+from jaxmoe.scaling.fit_table import smallest_fit, table
 from jaxmoe.scaling.topologies import GIB, describe_topology
 
 
@@ -147,3 +148,22 @@ def test_the_command_needs_a_member_and_a_topology():
     done = run("--config=paper_math.py:d512-E8-k2")
     assert done.returncode == 2
     assert "--topology is missing; for example one of v5e:4x4" in done.stderr
+
+
+def test_the_table_says_what_was_compiled():
+    entry = {
+        "topology": "v5p:2x2x1", "mesh": {"fsdp": 4}, "peak": 2 * GIB, "limit": 95 * GIB, "remat": "full",
+        "gradient_accumulation": 8,
+    }  # fmt: skip
+    text = table(["a", "b"], ["v5p", "v6e"], {"a v5p": entry, "a v6e": None})
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[2] == (
+        "| a | v5p:2x2x1 (fsdp=4): 2 of 95 GiB; remat full, 8 micro-batches | none up to v6e:16x16 |"
+    )
+    assert rows[3] == "| b | not compiled yet | not compiled yet |"
+
+
+def test_the_smallest_slice_is_found_by_compiling():
+    run = small(member("d512-E8-k2"))
+    fit = smallest_fit(run, "v5e")
+    assert (fit.topology, fit.fits) == ("v5e:2x2", True)

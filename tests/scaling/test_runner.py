@@ -11,7 +11,7 @@ import pytest
 
 from jaxmoe.config import ConfigError, config_hash
 from jaxmoe.exclusive import exclusive
-from jaxmoe.scaling import Study, preflight, read_records, results_table, run_member, run_study, runner
+from jaxmoe.scaling import Study, StudyResult, preflight, read_records, results_table, run_member, run_study, runner
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
 
 CONFIG = {
@@ -318,6 +318,19 @@ def test_a_member_that_fails_does_not_cost_the_others(finished, tmp_path, monkey
     assert "first: failed (MemoryError: too large)" in str(result)
     own, undisturbed = contents(tmp_path), contents(finished[0])
     assert own == {name: value for name, value in undisturbed.items() if name.startswith("second/")}
+
+
+def test_a_mistake_is_told_from_a_failure(tmp_path, monkeypatch):
+    """A scheduler tries a failure again, and a mistake not."""
+
+    def mistaken(run, *args, **kwargs):
+        raise ConfigError("no such thing")
+
+    monkeypatch.setattr(runner, "train", mistaken)
+    result = run_study(study_of(), tmp_path)
+    assert (result.status, result.mistaken) == ("failed", True)
+    assert not StudyResult((*result.members, runner.MemberResult("third", "failed", error="lost"))).mistaken
+    assert not StudyResult((runner.MemberResult("third", "done"),)).mistaken
 
 
 def test_a_full_disk_stops_the_study(tmp_path, monkeypatch):

@@ -1,6 +1,12 @@
 """A run small enough to train in a blink, shared by all tests so that its step is compiled once."""
 
+import asyncio
 import dataclasses
+import random
+import socket
+import struct
+import threading
+import urllib.parse
 
 import jax
 import numpy as np
@@ -77,3 +83,93 @@ def replace_train():
         return dataclasses.replace(run, train=dataclasses.replace(run.train, **changes))
 
     return replace
+
+
+class FaultyStorage:
+    """A proxy on loopback in front of a storage server, one request a connection, whose faults can be changed.
+
+    Attributes:
+      fault: what happens to a request: `503`, `reset` (the connection breaks), `delay` (it waits, then is passed on).
+      rate: share of the requests that meet the fault.
+      delay: seconds.
+      requests: their first lines, in order, with whether each was passed on.
+      body_bytes: bytes of the answers to passed requests, by the path that was asked for.
+    """
+
+    def __init__(self, url: str):
+        server = urllib.parse.urlsplit(url)
+        self._server = server.hostname, server.port
+        self.fault, self.rate, self.delay = "503", 0.0, 1.0
+        self.requests: list[tuple[str, bool]] = []
+        self.body_bytes: dict[str, int] = {}
+        self._random = random.Random(0)
+        self._loop = asyncio.new_event_loop()
+        self._listening = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._listening.wait()
+
+    def _run(self):
+        asyncio.set_event_loop(self._loop)
+        listener = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**26))
+        self.url = "http://{}:{}".format(*listener.sockets[0].getsockname())
+        self._listening.set()
+        self._loop.run_forever()
+        listener.close()
+
+    def stop(self):
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _serve(self, reader, writer):
+        try:
+            await self._request(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _request(self, reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+        if headers.get("expect"):
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        while headers.get("transfer-encoding") == "chunked":
+            size = await reader.readuntil(b"\r\n")
+            body += size + await reader.readexactly(int(size, 16) + 2)
+            if int(size, 16) == 0:
+                break
+        faulty = self._random.random() < self.rate
+        self.requests.append((first, not faulty))
+        if faulty and self.fault == "503":
+            writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            await writer.drain()
+            return
+        if faulty and self.fault == "reset":
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
+            return
+        if faulty:
+            await asyncio.sleep(self.delay)
+        kept = [line for line in lines if line and not line.lower().startswith(("connection:", "expect:"))]
+        answers, asks = await asyncio.open_connection(*self._server)
+        try:
+            asks.write("\r\n".join([first, *kept, "Connection: close", "", ""]).encode() + body)
+            answer = await answers.read()
+        finally:
+            asks.close()
+        path = urllib.parse.unquote(urllib.parse.urlsplit(first.split(" ")[1]).path)
+        self.body_bytes[path] = self.body_bytes.get(path, 0) + len(answer.partition(b"\r\n\r\n")[2])
+        writer.write(answer)
+        await writer.drain()
+
+
+@pytest.fixture
+def faulty_storage(storage_server, bucket):
+    """A `FaultyStorage` in front of the server of `storage_server`, on which there is gs://bucket."""
+    proxy = FaultyStorage(storage_server["STORAGE_EMULATOR_HOST"])
+    yield proxy
+    proxy.stop()

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxmoe.storage_faults import is_no_space
 from jaxmoe.training import metrics as metrics_module
-from jaxmoe.training.errors import NoSpaceLeftError, explain_no_space, is_no_space
+from jaxmoe.training.errors import NoSpaceLeftError, explain_no_space
 from jaxmoe.training.metrics import JsonLines, Throughput, metrics_line, plain_number
 
 
@@ -82,17 +83,27 @@ def test_where_files_cannot_be_appended_to_they_are_rewritten_at_flush(tmp_path,
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the platform has no /dev/full")
-def test_full_disk_is_named_with_what_is_safe(tmp_path):
+def test_lines_wait_for_a_full_disk_to_be_freed(tmp_path, caplog):
+    """Each is held once, in order, with one warning; `flush` says that the disk is full."""
     path = tmp_path / "metrics.jsonl"
-    path.symlink_to("/dev/full")
-    log = JsonLines.__new__(JsonLines)
-    log._path, log._lines, log._file = path, [], path.open("ab", buffering=0)
-    with (
-        pytest.raises(NoSpaceLeftError, match=r"no space left at /runs/a; last good checkpoint: step 40; free space"),
-        explain_no_space("/runs/a", lambda: 40),
-    ):
-        log.write({"step": 1})
+    path.write_text(lines(10))
+    log = JsonLines(path, 10)
+    file = log._file._file
+    with open("/dev/full", "ab", buffering=0) as full:
+        log._file._file = full
+        for step in (20, 30):
+            log.write({"step": step, "loss": step / 8})
+        with (
+            pytest.raises(NoSpaceLeftError, match=r"no space left at /runs/a; last good checkpoint: step 40; free"),
+            explain_no_space("/runs/a", lambda: 40),
+        ):
+            log.flush()
+    assert len(caplog.records) == 1
+    log._file._file = file
+    log.write({"step": 40, "loss": 5.0})
+    log.flush()
     log.close()
+    assert path.read_text() == lines(10, 20, 30, 40)
 
 
 def test_full_disk_is_recognized_in_every_disguise():

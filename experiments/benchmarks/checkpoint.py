@@ -1,0 +1,192 @@
+"""Checkpoints of a model of 200 MB: what a save costs the step that starts it, and the memory of save and restore.
+
+A save copies the state off the devices and is written beside the training. How long a step takes that starts one is
+compared with the median of the steps around it which neither start a save nor have one written beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+from experiments.benchmarks.timing import machine
+from jaxmoe.config import DataConfig, KnowledgeSource, ModelConfig, MoEConfig, RunConfig, TrainConfig
+
+SAVES = 20
+_STEPS_AROUND = 1
+_WIDTH, _LAYERS, _EXPERTS, _HIDDEN, _VOCABULARY = 512, 4, 16, 480, 2048
+
+RUN = RunConfig(
+    name="checkpoint",
+    model=ModelConfig(
+        vocab_size=_VOCABULARY, width=_WIDTH, num_layers=_LAYERS, num_heads=8, max_sequence_length=128,
+        moe=MoEConfig(num_experts=_EXPERTS, experts_per_token=2, expert_hidden=_HIDDEN),
+    ),
+    data=DataConfig(tokenizer="symbols", sources={"knowledge": KnowledgeSource(entities=200, test_entities=8)}),
+    train=TrainConfig(steps=1000, batch_size=16, sequence_length=128, learning_rate=1e-4),
+)  # fmt: skip
+
+
+def run(rounds: int) -> dict[str, Any]:
+    """Measures saves in one fresh process and a restore in another, since memory once held may not be given back.
+
+    Args:
+      rounds: not used; there are always `SAVES` saves.
+    """
+    del rounds
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [_in_process(part, folder) for part in ("save", "restore")]
+    return {"machine": machine(), **parts[0], **parts[1]}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    return "\n".join(
+        [
+            f"state {result['state_bytes'] / 1e6:.0f} MB ({result['parameter_bytes'] / 1e6:.0f} MB of parameters), "
+            f"{SAVES} saves, {result['machine']['processor']}, {result['machine']['cores']} cores",
+            f"step without a save        {result['step_seconds']:.3f} s (median; fastest "
+            f"{result['fastest_step_seconds']:.3f}, slowest {result['slowest_step_seconds']:.3f})",
+            f"step that starts a save    {result['saving_step_seconds']:.3f} s (median), "
+            f"{100 * (result['saving_step_ratio'] - 1):+.1f} % (limit +5 %); on CPU the write has the same cores",
+            f"  of it in the call `save` {result['save_call_seconds']:.3f} s",
+            f"one save, written          {result['write_seconds']:.2f} s (median), "
+            f"{result['state_bytes'] / 1e6 / result['write_seconds']:.0f} MB/s",
+            f"host memory of a save      {result['save_memory_ratio']:.2f} x the state, on top of training (limit 1.5)",
+            f"host memory of a restore   {result['restore_memory_ratio']:.2f} x the state, itself included (limit 1.2)",
+            f"restore                    {result['restore_seconds']:.2f} s",
+        ]
+    )
+
+
+def _in_process(part: str, folder: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmarks.checkpoint", part, folder], stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(done.stdout)
+
+
+class _PeakMemory:
+    """The most memory of this process while the `with` block runs, looked at every 5 ms, over what it was before."""
+
+    def __enter__(self) -> _PeakMemory:
+        gc.collect()
+        self._before = self._peak = _resident_bytes()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.005):
+            self._peak = max(self._peak, _resident_bytes())
+
+    def __exit__(self, *exception) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def extra(self) -> int:
+        return self._peak - self._before
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def _bytes_of(tree: Any) -> int:
+    import jax
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _measure_saves(folder: str) -> dict[str, Any]:
+    import jax
+
+    from jaxmoe.data import Mixture
+    from jaxmoe.training import Checkpoints, Retention, init_state, make_train_step
+
+    _, state = init_state(RUN)
+    step = make_train_step(RUN.model, RUN.train, 1)
+    mixture = Mixture.of_run(RUN)
+    number, plain, ratios, saving, calls, writing, peaks = 0, [], [], [], [], [], []
+
+    def one(save: Checkpoints | None = None) -> float:
+        nonlocal state, number
+        batch = mixture.batch(number)
+        started = time.perf_counter()
+        if save is not None:
+            save.save(number, state, {})
+            calls.append(time.perf_counter() - started)
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        number += 1
+        return time.perf_counter() - started
+
+    state_bytes, parameter_bytes = _bytes_of(state.opt_state) + _bytes_of(state.params), _bytes_of(state.params)
+    with Checkpoints(folder, Retention(1)) as checkpoints:
+        for _ in range(2):  # compile, and warm the path of a save
+            one()
+            one(checkpoints)
+            checkpoints.wait()
+        before = [one() for _ in range(_STEPS_AROUND)]
+        for _ in range(SAVES):
+            with _PeakMemory() as peak:
+                started = time.perf_counter()
+                saving.append(one(checkpoints))
+                checkpoints.wait()
+                writing.append(time.perf_counter() - started)
+            peaks.append(peak.extra)
+            after = [one() for _ in range(_STEPS_AROUND)]
+            ratios.append(saving[-1] / statistics.median(before + after))
+            plain += after
+            before = after
+    return {
+        "state_bytes": state_bytes,
+        "parameter_bytes": parameter_bytes,
+        "step_seconds": statistics.median(plain),
+        "fastest_step_seconds": min(plain),
+        "slowest_step_seconds": max(plain),
+        "saving_step_seconds": statistics.median(saving),
+        "save_call_seconds": statistics.median(calls[-SAVES:]),
+        "saving_step_ratio": statistics.median(ratios),
+        "write_seconds": statistics.median(writing),
+        "save_memory_ratio": max(peaks) / state_bytes,
+    }
+
+
+def _measure_restore(folder: str) -> dict[str, Any]:
+    import jax
+
+    from jaxmoe.training import Checkpoints, abstract_state
+
+    _, like = abstract_state(RUN)
+    with Checkpoints(folder) as checkpoints, _PeakMemory() as peak:
+        started = time.perf_counter()
+        restored = checkpoints.restore(like)
+        jax.block_until_ready(restored.state.params)
+        seconds = time.perf_counter() - started
+    state_bytes = _bytes_of(restored.state.opt_state) + _bytes_of(restored.state.params)
+    return {"restore_seconds": seconds, "restore_memory_ratio": peak.extra / state_bytes}
+
+
+def _main(part: str, folder: str) -> None:
+    from jaxmoe.training import reuse_freed_memory
+
+    with reuse_freed_memory() if os.environ.get("JAX_PLATFORMS") == "cpu" else contextlib.nullcontext():
+        measured = {"save": _measure_saves, "restore": _measure_restore}[part](f"{folder}/checkpoints")
+    print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,121 @@
+"""A state as named arrays, which is how a checkpoint holds it, and fingerprints of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+
+Leaf = jax.Array | jax.ShapeDtypeStruct
+
+
+def named_arrays(state: Any) -> dict[str, Leaf]:
+    """The leaves of a state by name; random keys as the numbers they are made of.
+
+    Args:
+      state: of arrays, or of `jax.ShapeDtypeStruct`s that say where each is to go (`sharding`).
+    """
+    return {_name(path): _as_numbers(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def rebuilt(arrays: Mapping[str, jax.Array], like: Any) -> Any:
+    """The inverse of `named_arrays`, in the structure of `like`."""
+
+    def leaf(path: tuple, old: Leaf) -> jax.Array:
+        new = arrays[_name(path)]
+        return jax.random.wrap_key_data(new, impl=_key_implementation(old)) if _is_key(old) else new
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Names with slashes as nested dictionaries."""
+    root: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, last = name.split("/")
+        place = root
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = array
+    return root
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The inverse of `nested`."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found.update(flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return found
+
+
+def on_host(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Copies in the memory of the hosts, each shard on the host of its device; the arrays may be donated right after.
+
+    The copy is only begun: the runtime keeps what a later, donating step would overwrite until it is read.
+    """
+    return {
+        name: jax.device_put(array, array.sharding.with_memory_kind("pinned_host")) for name, array in arrays.items()
+    }
+
+
+def fingerprints(arrays: Mapping[str, jax.Array]) -> UInt32[Array, " arrays"]:
+    """One number for each array, still being computed, wherever the arrays are.
+
+    The sum of an array's elements' bits, each times an odd number made of its place, modulo 2^32: one changed element
+    shows, and so do two exchanged ones. Integers add in any order, so that the sum does not depend on the mesh.
+    """
+    meshes = [array.sharding.mesh for array in arrays.values() if isinstance(array.sharding, jax.NamedSharding)]
+    one, together = _fingerprints_to(jax.NamedSharding(meshes[0], jax.P()) if meshes else None)
+    marks: list[jax.Array] = []
+    for array in arrays.values():
+        marks.append(one(array, *marks[-1:]))
+    return together(marks)
+
+
+@functools.lru_cache(maxsize=8)
+def _fingerprints_to(sharding: jax.NamedSharding | None):
+    """Of one array after another, since XLA:CPU has a temporary copy of each; and the stack of them."""
+
+    def one(array: jax.Array, *before: jax.Array) -> jax.Array:
+        return _fingerprint(jax.lax.optimization_barrier((array, *before))[0])
+
+    return jax.jit(one, out_shardings=sharding), jax.jit(jnp.stack, out_shardings=sharding)
+
+
+def _fingerprint(array: jax.Array) -> jax.Array:
+    width = array.dtype.itemsize * 8
+    if array.dtype == jnp.bool_:
+        bits = array.astype(jnp.uint32)
+    else:
+        bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _name(path: tuple) -> str:
+    """`params/stacks/0/blocks/0/mlp/down`: where a leaf stands in the state."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removesuffix("/value")
+
+
+def _is_key(leaf: Leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_implementation(leaf: Leaf) -> Any:
+    return leaf.dtype._impl if isinstance(leaf, jax.ShapeDtypeStruct) else jax.random.key_impl(leaf)
+
+
+def _as_numbers(leaf: Leaf) -> Leaf:
+    if not _is_key(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        numbers = jax.eval_shape(jax.random.key_data, leaf)
+        return jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=leaf.sharding)
+    return jax.random.key_data(leaf)
