@@ -13,6 +13,7 @@ from jaxmoe.config import ConfigError, config_hash
 from jaxmoe.exclusive import exclusive
 from jaxmoe.scaling import Study, StudyResult, preflight, read_records, results_table, run_member, run_study, runner
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
+from jaxmoe.training.checkpoints import _checksum as checksum
 
 CONFIG = {
     "study": {"name": "tiny", "title": "Tiny", "held_fixed": {"tokens": 0.0}},
@@ -202,7 +203,9 @@ def test_a_checkpoint_of_a_newer_version_is_noticed_before_anything_is_trained(c
     (copied / "second" / "DONE").unlink()
     shutil.rmtree(copied / "first")
     path = copied / "second" / "checkpoints" / "8" / "metadata" / "metadata"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    newer = {**json.loads(path.read_text()), "format_version": 99}
+    newer.pop("checksum")
+    path.write_text(json.dumps({**newer, "checksum": checksum(newer)}))
     with pytest.raises(ConfigError, match="member 'second': the checkpoint of step 8 .* has format 99"):
         run_study(study_of(), copied)
     assert not (copied / "first").exists()
