@@ -79,11 +79,11 @@ def test_a_cut_off_gzip_file_is_named(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     lines = b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(20_000))
     path.write_bytes(gzip.compress(lines)[:-2000])
-    with pytest.raises(DataError, match=rf"{path}:\d+: broken gzip data"):
+    with pytest.raises(DataError, match=rf"{path}:\d+: broken compressed data"):
         records(path)
     found, errors = records(path, "skip")
     assert found[1000][1] == {"text": str(1000 * 7919)}
-    assert errors.skipped == {"broken gzip data": 1}
+    assert errors.skipped == {"broken compressed data": 1}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_field_that_is_no_text_says_what_is_there(value, reason):
         ("a.json", b'{"a": 1}', "holds a dict; a JSON list of objects is needed"),
         ("a.json", b"[1,", "not JSON"),
         ("a.json", b"\xff", "not JSON"),
-        ("a.jsonl.gz", b"no gzip", "broken gzip data"),
+        ("a.jsonl.gz", b"no gzip", "broken compressed data"),
         ("a.array_record", b"garbage" * 100, "not an ArrayRecord file"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
     ],

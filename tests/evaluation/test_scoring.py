@@ -257,18 +257,18 @@ def test_no_examples_give_no_number(model):
 
 def test_members_that_differ_in_their_seed_share_what_is_compiled(model, examples):
     score_each(model, examples, Numbers(), batch_size=4)
-    before = forward._evaluate._cache_size()
+    before = forward._compiled(None)._cache_size()
     score_each(Decoder(CONFIG, rngs=nnx.Rngs(9)), examples, Numbers(), batch_size=4)
-    assert forward._evaluate._cache_size() == before
+    assert forward._compiled(None)._cache_size() == before
 
 
 def test_a_vocabulary_too_large_for_memory_is_taken_in_parts(monkeypatch, examples):
     config = dataclasses.replace(CONFIG, num_layers=1)
     whole = score_each(Decoder(config, rngs=nnx.Rngs(0)), examples, Numbers(), batch_size=4)
     monkeypatch.setattr(forward, "ELEMENTS", 500)
-    forward._evaluate.clear_cache()
+    forward._compiled.cache_clear()
     parts = score_each(Decoder(config, rngs=nnx.Rngs(0)), examples, Numbers(), batch_size=4)
-    forward._evaluate.clear_cache()
+    forward._compiled.cache_clear()
     np.testing.assert_allclose(parts.nll, whole.nll, rtol=1e-5)
 
 
