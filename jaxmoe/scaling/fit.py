@@ -95,6 +95,7 @@ class Fit:
             values["operations_over_model_flops"] = self.operations.total / self.model_flops
             values["balanced_operations_over_model_flops"] = self.balanced_operations / self.model_flops
             values["unknown_loops"] = self.operations.unknown_loops
+            values["unknown_kernels"] = self.operations.unknown_kernels
         if self.estimate is not None:
             values["estimate"] = self.estimate.summary(self)
         return values

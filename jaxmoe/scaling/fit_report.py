@@ -24,6 +24,8 @@ def describe_fit(fit: Fit, *, brief: bool = False) -> str:
         kernels = (fit.operations.kernels + fit.operations.experts) / fit.operations.total
         full = f"; {fit.operations.total / fit.model_flops:.2f} times with full receive buffers" if fit.room > 1 else ""
         unknown = f", {fit.operations.unknown_loops} loops counted once" if fit.operations.unknown_loops else ""
+        if fit.operations.unknown_kernels:
+            unknown += f"; {fit.operations.unknown_kernels} kernels without an estimate, not counted"
         lines.append(
             f"operations: {fit.balanced_operations:.4g} executed, {fit.model_flops:.4g} of the model "
             f"({fit.balanced_operations / fit.model_flops:.2f} times{full}; {kernels:.0%} in Pallas kernels, by their "

@@ -40,12 +40,14 @@ class Operations:
       experts: of the Pallas kernels of `pallas_kernels`, by their own estimates, which count all rows that there is
         room for and the most tiles that a routing can touch.
       unknown_loops: loops whose trips the program does not say; each body is counted once.
+      unknown_kernels: calls of Pallas kernels that give no estimate, and count nothing.
     """
 
     products: int = 0
     kernels: int = 0
     experts: int = 0
     unknown_loops: int = 0
+    unknown_kernels: int = 0
 
     @property
     def total(self) -> int:
@@ -57,7 +59,9 @@ class Operations:
 
     def times(self, count: int) -> Operations:
         """Of `count` executions."""
-        return Operations(self.products * count, self.kernels * count, self.experts * count, self.unknown_loops)
+        return Operations(
+            self.products * count, self.kernels * count, self.experts * count, self.unknown_loops, self.unknown_kernels
+        )
 
 
 def count_operations(jaxpr: Any) -> Operations:
@@ -110,7 +114,9 @@ def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
 
 def _kernel(equation: Any) -> Operations:
     estimate = equation.params.get("cost_estimate")
-    flops = 0 if estimate is None else int(estimate.flops)
+    if estimate is None:
+        return Operations(unknown_kernels=1)
+    flops = int(estimate.flops)
     name = getattr(equation.params.get("name_and_src_info"), "name", None) or equation.params.get("name") or ""
     return Operations(experts=flops) if name.endswith(("_tpu", "_gpu")) else Operations(kernels=flops)
 

@@ -117,7 +117,7 @@ def test_the_largest_member_and_one_like_olmoe_compile(name, topology, mesh):
     train = dataclasses.replace(run.train, gradient_accumulation=8)
     fit = check_fit(dataclasses.replace(run, model=model, train=train), topology_of(topology))
     assert fit.fits
-    assert fit.operations.total / fit.model_flops < 2
+    assert 1 < fit.balanced_operations / fit.model_flops < 2  # a layer is recomputed, and tiles are padded
 
 
 def test_a_mesh_that_does_not_fit_is_refused_first():
