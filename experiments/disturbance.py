@@ -225,4 +225,7 @@ def _train(study: Study, member: str, workdir: str, reports: Connection, log: pa
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(run_to_status(study, workdir, member=member, progress=_Reporting(reports)))
+    status = run_to_status(study, workdir, member=member, progress=_Reporting(reports))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # with many host devices, threads of XLA may abort an interpreter that is being taken down
