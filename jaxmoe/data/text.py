@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxmoe.config import TextSource
+from jaxmoe.config import TextSource, TokensSource
 from jaxmoe.data.cache import Corpus, cached_corpus
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.files import expand, identity
@@ -54,14 +54,7 @@ def text_source(
             skipped[reason] = skipped.get(reason, 0) + count
     else:
         train, test = held_out(name, corpus.documents, corpus.hashes, config.test_fraction)
-    layouts = {"train": PackedLayout(train, sequence_length, tokenizer.pad_id)}
-    if layouts["train"].row_count == 0:
-        raise DataError(
-            f"source {name!r}: none of its {len(corpus.documents)} documents is left for training at "
-            f"test_fraction={config.test_fraction}; lower it, or name test_paths."
-        )
-    if test is not None and len(test):
-        layouts["test"] = PackedLayout(test, sequence_length, tokenizer.pad_id)
+    layouts = packed_layouts(name, config, train, test, sequence_length, tokenizer.pad_id)
     return Source(name, config, layouts, seed=run_seed, content=content, index=index, skipped=skipped)
 
 
@@ -78,6 +71,31 @@ def read_texts(paths: Sequence[str], text_key: str, errors: RecordErrors) -> Ite
             text = text_of(path, location, value, text_key, errors)
             if text:
                 yield text
+
+
+def packed_layouts(
+    name: str,
+    config: TextSource | TokensSource,
+    train: Documents,
+    test: Documents | None,
+    sequence_length: int,
+    pad_id: int,
+) -> dict[str, PackedLayout]:
+    """Both splits as packed rows.
+
+    Raises:
+      DataError: no document is left to train on.
+    """
+    layouts = {"train": PackedLayout(train, sequence_length, pad_id)}
+    if layouts["train"].row_count == 0:
+        documents = len(train) + (0 if test is None else len(test))
+        raise DataError(
+            f"source {name!r}: none of its {documents} documents is left for training at "
+            f"test_fraction={config.test_fraction}; lower it, or name test_paths."
+        )
+    if test is not None and len(test):
+        layouts["test"] = PackedLayout(test, sequence_length, pad_id)
+    return layouts
 
 
 def held_out(

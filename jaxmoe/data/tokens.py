@@ -7,10 +7,9 @@ import os
 from jaxmoe.config import TokensSource
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.files import expand
-from jaxmoe.data.layouts import PackedLayout
 from jaxmoe.data.shards import SUFFIX, open_corpus
 from jaxmoe.data.source import Source
-from jaxmoe.data.text import held_out
+from jaxmoe.data.text import held_out, packed_layouts
 from jaxmoe.data.tokenizers import Tokenizer
 
 
@@ -26,7 +25,7 @@ def tokens_source(
 ) -> Source:
     """Documents as packed rows (`PackedLayout`), read from disk as they are needed; every token weighs 1.
 
-    In memory are the length and the hash of each document and the order of an epoch, some 40 bytes a document.
+    In memory are where each document begins and ends and the order of an epoch, a few numbers a document.
 
     Raises:
       DataError: a missing or damaged shard, one of another tokenizer, no document left to train on.
@@ -39,14 +38,7 @@ def tokens_source(
         train, test = corpus.documents, test_corpus.documents
     else:
         train, test = held_out(name, corpus.documents, corpus.hashes, config.test_fraction)
-    layouts = {"train": PackedLayout(train, sequence_length, tokenizer.pad_id)}
-    if layouts["train"].row_count == 0:
-        raise DataError(
-            f"source {name!r}: none of its {len(corpus.documents)} documents is left for training at "
-            f"test_fraction={config.test_fraction}; lower it, or name test_paths."
-        )
-    if test is not None and len(test):
-        layouts["test"] = PackedLayout(test, sequence_length, tokenizer.pad_id)
+    layouts = packed_layouts(name, config, train, test, sequence_length, tokenizer.pad_id)
     return Source(name, config, layouts, seed=run_seed, content=content, index=index, skipped=corpus.skipped)
 
 

@@ -46,7 +46,7 @@ def small(run, **train):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9:2x2", "unknown chip 'v9'. Known: v4, v5e, v5p, v6e, tpu7x, h100, h200"),
+        ("v9:2x2", "unknown chip 'v9'. Known: v5e, v5p, v6e, tpu7x, h100, h200"),
         ("v5p", "no shape can be read after the chip. A topology is written like v5e:4x4"),
         ("v5e:2x2x2", "v5e has 2 directions, 2x2 or more"),
         ("v5p:1x1x1", "v5p has 3 directions, 2x2x1 or more"),
