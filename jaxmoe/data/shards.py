@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -22,9 +23,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxmoe.accounting import readable_bytes
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.layouts import Documents
 from jaxmoe.storage import as_path, is_remote, write_bytes
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 1
 SUFFIX = ".array_record"
@@ -234,6 +238,7 @@ def _local(path: str, cache_dir: str | os.PathLike | None) -> str:
     name = hashlib.sha256(path.encode()).hexdigest()[:16]
     target = os.path.join(folder, f"{name}-{length}{SUFFIX}")
     if not os.path.exists(target):
+        _log.info("copying %s (%s) to %s, since ArrayRecord reads from a disk", path, readable_bytes(length), folder)
         draft = f"{target}.{os.getpid()}"
         try:
             with as_path(path).open("rb") as source, open(draft, "wb") as copy:

@@ -269,7 +269,11 @@ def memory_limit(topology: Topology) -> int:
     """Bytes that the compiler gives programs on a device: of a TPU by its own word, of a GPU all that the card has."""
     if topology.chip.platform == "cuda":
         return topology.chip.memory
-    return _tpu_limit(topology.name) or topology.chip.memory
+    limit = _tpu_limit(topology.name)
+    if limit is None:
+        logger.warning("%s: the compiler tells no limit; all of the memory of the chip is taken for it", topology.name)
+        return topology.chip.memory
+    return limit
 
 
 @functools.cache
