@@ -83,14 +83,15 @@ def _fill(section: ml_collections.ConfigDict, kind: type) -> None:
         for field in dataclasses.fields(kind):
             inner = [option for option in typing.get_args(hints[field.name]) if option is not type(None)]
             optional = type(None) in typing.get_args(hints[field.name])
+            section_kind = inner[0] if optional else hints[field.name]
             if field.name in section:
                 value = section[field.name]
                 if field.name == "sources":
                     for source in value.values():
                         if source.get("kind") in SOURCE_KINDS:
                             _fill(source, SOURCE_KINDS[source.kind])
-                elif isinstance(value, ml_collections.ConfigDict) and optional and dataclasses.is_dataclass(inner[0]):
-                    _fill(value, inner[0])
+                elif isinstance(value, ml_collections.ConfigDict) and dataclasses.is_dataclass(section_kind):
+                    _fill(value, section_kind)
                 elif value is None and optional and inner[0] in (int, float, str):
                     section[field.name] = ml_collections.config_dict.placeholder(inner[0])
                 continue
@@ -99,6 +100,9 @@ def _fill(section: ml_collections.ConfigDict, kind: type) -> None:
             if field.default is None and optional:
                 if inner[0] in (int, float, str):
                     section[field.name] = ml_collections.config_dict.placeholder(inner[0])
+            elif dataclasses.is_dataclass(field.default):
+                section[field.name] = ml_collections.ConfigDict()
+                _fill(section[field.name], section_kind)
             else:
                 section[field.name] = field.default
 

@@ -23,7 +23,7 @@ _SECONDS_TO_LOOK = 1.0
 
 
 @contextlib.contextmanager
-def exclusive(directory: epath.PathLike) -> Iterator[None]:
+def exclusive(directory: epath.PathLike, doing: str = "training") -> Iterator[None]:
     """Holds a run directory for the `with` block, so that no second process writes to its logs and checkpoints.
 
     The lock is the system's and ends with the process, however that ends; the file that it is on stays. Object stores
@@ -31,6 +31,7 @@ def exclusive(directory: epath.PathLike) -> Iterator[None]:
 
     Args:
       directory: of the run; made if it is not there.
+      doing: what is done in it, for the message of another process.
 
     Raises:
       ConfigError: another process holds it; the message says which.
@@ -44,9 +45,9 @@ def exclusive(directory: epath.PathLike) -> Iterator[None]:
         try:
             _lock(file, fcntl.LOCK_EX)
         except BlockingIOError:
-            raise ConfigError(_in_use(path.parent, file)) from None
+            raise ConfigError(_in_use(path.parent, file, doing)) from None
         except OSError as error:
-            logger.warning("%s cannot be locked (%s): see that no other process trains there.", path.parent, error)
+            logger.warning("%s cannot be locked (%s): see that no other process works there.", path.parent, error)
         with contextlib.suppress(OSError):  # who holds it is a hint; a full disk shows itself elsewhere
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -107,7 +108,7 @@ def _lock(file: IO[str], kind: int) -> None:
             time.sleep(0.05)
 
 
-def _in_use(directory: epath.Path, file) -> str:
+def _in_use(directory: epath.Path, file: IO[str], doing: str = "training") -> str:
     file.seek(0)
     holder = file.read().strip() or "another process"
-    return f"{directory}: {holder} is training in this folder now; wait until it is done, or take another folder."
+    return f"{directory}: {holder} is {doing} in this folder now; wait until it is done, or take another folder."

@@ -17,7 +17,7 @@ from jaxmoe.config.data import (
 from jaxmoe.config.errors import ConfigError, nearest
 from jaxmoe.config.mesh import MESH_AXES, MESH_PRESETS, MeshConfig, check_mesh, parse_mesh
 from jaxmoe.config.model import DType, ModelConfig, MoEConfig
-from jaxmoe.config.run import EvaluationConfig, RunConfig, TrainConfig
+from jaxmoe.config.run import EvaluationConfig, RunConfig, TestTimeConfig, TrainConfig
 from jaxmoe.config.values import config_hash, from_dict, to_dict
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "ReasoningSource",
     "RunConfig",
     "SourceConfig",
+    "TestTimeConfig",
     "TextSource",
     "TokensSource",
     "TrainConfig",

@@ -10,7 +10,7 @@ import math
 from typing import ClassVar, Literal
 
 from jaxmoe.config.data import DataConfig
-from jaxmoe.config.errors import require, require_non_negative, require_positive
+from jaxmoe.config.errors import nearest, require, require_non_negative, require_positive
 from jaxmoe.config.mesh import MeshConfig
 from jaxmoe.config.model import ModelConfig
 from jaxmoe.config.values import NOT_IDENTITY
@@ -163,6 +163,68 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TestTimeConfig:
+    """Test-time compute: several sampled answers to each problem, and a vote (`python -m experiments.test_time_compute`).
+
+    Defaults are the paper's where it states one, else those of its code (a fork of "Large Language Monkeys"). Nothing
+    of it is part of `config_hash`: a finished run can be sampled again otherwise, and its samples have a hash of their
+    own.
+
+    Attributes:
+      samples: answers to each problem.
+      temperature: 0 is greedy, for one sample.
+      top_p: mass of the nucleus that tokens are drawn from.
+      max_new_tokens: longest answer; at most half of the model's max_sequence_length is used.
+      stops: texts before which an answer is cut. Of question_answer sources only: the others write no such thing.
+      shots: worked examples before each question, drawn from the training split (question_answer sources only).
+      sources: of `data.sources`, by name; empty: every one that has problems.
+      splits: of each source.
+      problems: at most this many of a split; None takes all.
+      batch_size: answers at once. No sample depends on it, beyond rounding.
+      seed: of the samples, the examples, and which problems are taken.
+    """
+
+    __test__: ClassVar[bool] = False  # no class of tests, though its name starts like one
+
+    samples: int = 128
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_new_tokens: int = 1024
+    stops: tuple[str, ...] = ("Q:", "Question:")
+    shots: int = 0
+    sources: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("test",)
+    problems: int | None = None
+    batch_size: int = 64
+    seed: int = 0
+
+    MOST_SAMPLES: ClassVar[int] = 1024
+    """Up to here the numbers of subsets fit float64 (`jaxmoe.evaluation.test_time`)."""
+
+    SPLITS: ClassVar[tuple[str, ...]] = ("train", "train_clean", "test")
+
+    def __post_init__(self):
+        require_positive(self, "max_new_tokens", "batch_size")
+        require_non_negative(self, "temperature", "shots", "seed")
+        require(
+            1 <= self.samples <= self.MOST_SAMPLES,
+            f"samples={self.samples}; choose 1 <= samples <= {self.MOST_SAMPLES}.",
+        )
+        require(
+            self.temperature > 0 or self.samples == 1,
+            f"temperature={self.temperature} with samples={self.samples}: greedy decoding writes the same answer every "
+            "time; choose samples=1, or a temperature such as 0.6.",
+        )
+        require(0 < self.top_p <= 1, f"top_p={self.top_p}; choose 0 < top_p <= 1.")
+        require(all(self.stops), f"stops={self.stops!r}; an empty text would end every answer before it begins.")
+        if self.problems is not None:
+            require_positive(self, "problems")
+        require(bool(self.splits), f"splits is empty; name at least one of {', '.join(self.SPLITS)}.")
+        for split in self.splits:
+            require(split in self.SPLITS, f"splits: {split!r} is no split.{nearest(split, self.SPLITS)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured while and after training. Evaluation is always dropless.
 
@@ -173,6 +235,7 @@ class EvaluationConfig:
       validation_rows: at most this many rows per source and split for the validation loss.
       generate: also score question/answer sources by generating answers.
       max_new_tokens: longest generated answer.
+      test_time: how answers are sampled where a run is asked for it.
     """
 
     points: int = 5
@@ -181,6 +244,7 @@ class EvaluationConfig:
     validation_rows: int = 512
     generate: bool = True
     max_new_tokens: int = 256
+    test_time: TestTimeConfig = dataclasses.field(default=TestTimeConfig(), metadata=NOT_IDENTITY)
 
     def __post_init__(self):
         require_positive(self, "points", "examples", "batch_size", "validation_rows", "max_new_tokens")
@@ -216,6 +280,12 @@ class RunConfig:
             f"train.sequence_length={self.train.sequence_length} exceeds "
             f"model.max_sequence_length={self.model.max_sequence_length}.",
         )
+        for name in self.evaluation.test_time.sources:
+            require(
+                name in self.data.sources,
+                f"evaluation.test_time.sources: no source of data.sources is called {name!r}."
+                f"{nearest(name, self.data.sources)}",
+            )
         if self.model.num_moe_layers and self.model.moe.capacity_factor is not None:
             require(
                 self.train.gradient_accumulation == 1,

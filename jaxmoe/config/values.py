@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 NOT_IDENTITY = types.MappingProxyType({"identity": False})
-"""Metadata of a field that `config_hash` leaves out, since no recorded number depends on it."""
+"""Metadata of a field that `config_hash` leaves out: no number of a training or its evaluation depends on it."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -39,12 +39,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def config_hash(config: Any) -> str:
     """First 16 hex digits of the SHA-256 of the configuration's canonical JSON, without fields of `NOT_IDENTITY`."""
-    values = to_dict(config)
-    for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
-        if field.metadata == NOT_IDENTITY:
-            del values[field.name]
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(_identity(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _identity(value: Any) -> Any:
+    """`to_dict` without the fields of `NOT_IDENTITY`."""
+    if not dataclasses.is_dataclass(value):
+        return to_dict(value)
+    fields = [field.name for field in dataclasses.fields(value) if field.metadata != NOT_IDENTITY]
+    return {name: _identity(getattr(value, name)) for name in fields}
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:

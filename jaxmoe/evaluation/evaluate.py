@@ -75,8 +75,13 @@ def _evaluate_all(context: EvaluationContext, identity: Mapping[str, Any]) -> li
 
 def run_identity(context: EvaluationContext, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What every record of a member at one step has in common: see `jaxmoe.evaluation.records.IDENTITY_FIELDS`."""
-    run = context.run
-    tokens = context.step * run.train.batch_size * run.train.sequence_length
+    resumed = {} if context.resumed is None else context.resumed.fields()
+    return {**identity_at(context.run, context.step, labels), **resumed}
+
+
+def identity_at(run: RunConfig, step: int, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """`run_identity` of a run of which no more than the step of a checkpoint is known."""
+    tokens = step * run.train.batch_size * run.train.sequence_length
     return {
         "study": run.name,
         "member": run.name,
@@ -84,7 +89,7 @@ def run_identity(context: EvaluationContext, labels: Mapping[str, str] | None = 
         "slices": "",
         **(labels or {}),
         "seed": run.seed,
-        "step": context.step,
+        "step": step,
         "tokens": tokens,
         **model_identity(run, tokens),
         "learning_rate": run.train.learning_rate,
@@ -92,7 +97,6 @@ def run_identity(context: EvaluationContext, labels: Mapping[str, str] | None = 
         "config_hash": config_hash(run),
         **versions(),
         "device": device_description(),
-        **({} if context.resumed is None else context.resumed.fields()),
     }
 
 

@@ -1,6 +1,6 @@
-"""Accuracy of generated answers: greedy decoding, then comparison of what `extract_answer` reads.
+"""Generated answers, greedy or sampled, and the accuracy of greedy ones by what `extract_answer` reads.
 
-B rows, P longest prompt.
+B prompts, P longest prompt.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jaxmoe.evaluation.forward import batches_of
 from jaxmoe.evaluation.scoring import padded_length, ratio_standard_error
 from jaxmoe.models import Decoder, dropless, generate
 from jaxmoe.sharding import Partitioning, partitioning_in_use, placed, use_partitioning
+from jaxmoe.training.watchdog import beat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def generation_accuracy(
         if generated is None:
             continue
         given = extract_answer(generated.text, answer_format)
-        truth = extract_answer(example.answer, answer_format) if example.final is None else example.final
+        truth = true_answer(example, answer_format)
         correct.append(given is not None and given == truth)
         answered.append(given is not None)
         finished.append(generated.finished)
@@ -88,9 +89,14 @@ def generation_accuracy(
     )
 
 
+def true_answer(example: Example, answer_format: AnswerFormat) -> str | None:
+    """What an extracted answer is compared with: `final` where given, else what is read in `answer`."""
+    return extract_answer(example.answer, answer_format) if example.final is None else example.final
+
+
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """A continuation, and whether the end token ended it rather than the limit."""
+    """A continuation, and whether the end token or a stop text ended it rather than the limit."""
 
     text: str
     finished: bool
@@ -108,50 +114,130 @@ def greedy_answers(
       max_new_tokens: longest continuation; at most half of the model's max_sequence_length is used.
       batch_size: prompts at once, at most.
     """
+    answers: list[Generated | None] = [None] * len(prompts)
+    batches = sample_answers(model, prompts, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    for batch in batches:
+        for number, generated in batch.items():
+            answers[number] = None if generated is None else generated[0]
+    return answers
+
+
+def sample_answers(
+    model: Decoder,
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    stops: Sequence[str] = (),
+    batch_size: int = 128,
+    seed: int = 0,
+    done: Collection[int] = (),
+    check_stop: Callable[[], None] = lambda: None,
+) -> Iterator[dict[int, list[Generated] | None]]:
+    """Several continuations of each prompt, batch by batch.
+
+    Sample j of prompt i is drawn with a key of its own, folded from (seed, i, j): it depends on no other row, so not
+    on `batch_size`, `samples` or `done` beyond the rounding of differently shaped products. Each prompt is read once
+    for all of its samples in a batch.
+
+    Args:
+      model: decodes without capacity limits.
+      prompts: texts, tokenized without special tokens, as the prompts of training rows are.
+      tokenizer: the model's.
+      samples: of each prompt.
+      temperature, top_p: as in `jaxmoe.models.generate`; temperature 0 is greedy.
+      max_new_tokens: longest continuation; at most half of the model's max_sequence_length is used.
+      stops: a continuation is cut before the first of these texts.
+      batch_size: rows at once, at most.
+      seed: of the samples.
+      done: numbers of prompts that are not wanted again. Batches are made as if they were, so that what is drawn in
+        several calls is what is drawn in one.
+      check_stop: called before each batch; may raise.
+
+    Yields:
+      Of a batch, the `samples` continuations of each prompt that is not done, by its number; first of all, None for
+      each prompt that leaves no room for a continuation.
+    """
     graphdef, state = nnx.split(dropless(model))
     partitioning = partitioning_in_use()
     new_tokens = min(max_new_tokens, max(1, model.config.max_sequence_length // 2))
     tokens = tokenizer.encode_batch(list(prompts))
     lengths = np.array([len(ids) for ids in tokens], np.int64)
     longest = model.config.max_sequence_length - new_tokens
-    answers: list[Generated | None] = [None] * len(prompts)
-    fitting = np.flatnonzero((lengths >= 1) & (lengths <= longest))
+    fits = (lengths >= 1) & (lengths <= longest)
+    without_room = {int(number): None for number in np.flatnonzero(~fits) if number not in done}
+    if without_room:
+        yield without_room
+    fitting = np.flatnonzero(fits)
     by_length = fitting[np.argsort(lengths[fitting], kind="stable")]  # neighbours need about the same padding
-    rows = min(batch_size, 1 << max(len(by_length) - 1, 0).bit_length())
+    copies = min(samples, batch_size)
+    rows = min(max(1, batch_size // copies), 1 << max(len(by_length) - 1, 0).bit_length())
+    sampling = _Sampling(new_tokens, tokenizer.eos_id, tokenizer.pad_id, temperature, top_p, copies)
     for chosen, present in batches_of(len(by_length), rows):
         members = by_length[chosen]
+        wanted = [(row, int(member)) for row, member in enumerate(members[:present]) if member not in done]
+        if not wanted:
+            continue
         width = int(padded_length(lengths[members].max(), longest))
         padded = np.full((rows, width), tokenizer.pad_id, np.int32)
         for row, member in enumerate(members):
             padded[row, : lengths[member]] = tokens[member]
-        written = np.asarray(
-            _compiled(partitioning)(
-                graphdef, state,
-                placed(padded, partitioning, "batch", None),
-                placed(lengths[members].astype(np.int32), partitioning, "batch"),
-                new_tokens, tokenizer.eos_id, tokenizer.pad_id,
-            )
-        )  # fmt: skip
-        for row, member in enumerate(members[:present]):
-            ids = written[row].tolist()
-            finished = tokenizer.eos_id in ids
-            if finished:
-                ids = ids[: ids.index(tokenizer.eos_id)]
-            answers[member] = Generated(tokenizer.decode(ids), finished)
-    return answers
+        batch: dict[int, list[Generated] | None] = {member: [] for _, member in wanted}
+        for first in range(0, samples, copies):
+            check_stop()
+            beat()
+            drawn = np.arange(first, first + copies)
+            written = np.asarray(
+                _compiled(partitioning)(
+                    graphdef, state,
+                    placed(padded, partitioning, "batch", None),
+                    placed(lengths[members].astype(np.int32), partitioning, "batch"),
+                    placed(np.repeat(members, copies).astype(np.int32), partitioning, "batch"),
+                    placed(np.tile(drawn, rows).astype(np.int32), partitioning, "batch"),
+                    jax.random.key(seed),
+                    sampling,
+                )
+            ).reshape(rows, copies, new_tokens)  # fmt: skip
+            for row, member in wanted:
+                texts = [_continuation(ids.tolist(), tokenizer, stops) for ids in written[row, : samples - first]]
+                batch[member].extend(texts)
+        yield batch
+
+
+def _continuation(ids: list[int], tokenizer: Tokenizer, stops: Sequence[str]) -> Generated:
+    """The text of a row of tokens, up to its end."""
+    finished = tokenizer.eos_id in ids
+    text = tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if finished else ids)
+    ends = [place for place in map(text.find, stops) if place >= 0]
+    return Generated(text[: min(ends)], True) if ends else Generated(text, finished)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    """What a compiled `_generate` is compiled for, besides its shapes."""
+
+    max_new_tokens: int
+    stop_token: int
+    pad_token: int
+    temperature: float
+    top_p: float
+    samples: int
 
 
 @functools.cache
-def _compiled(partitioning: Partitioning | None) -> Callable[..., Int[Array, "B max_new_tokens"]]:
+def _compiled(partitioning: Partitioning | None) -> Callable[..., Int[Array, "B*samples max_new_tokens"]]:
     """`_generate` for a partitioning, with results that every process has."""
     if partitioning is None:
-        return jax.jit(_generate, static_argnums=(0, 4, 5, 6))
+        return jax.jit(_generate, static_argnums=(0, 7))
 
     def generated(*arguments):
         with use_partitioning(partitioning):
             return _generate(*arguments)
 
-    return jax.jit(generated, static_argnums=(0, 4, 5, 6), out_shardings=partitioning.sharding((), ()))
+    return jax.jit(generated, static_argnums=(0, 7), out_shardings=partitioning.sharding((), ()))
 
 
 def _generate(
@@ -159,11 +245,15 @@ def _generate(
     state: Any,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, " B"],
-    max_new_tokens: int,
-    stop_token: int,
-    pad_token: int,
-) -> Int[Array, "B max_new_tokens"]:
+    prompt_numbers: Int[Array, " B*samples"],
+    sample_numbers: Int[Array, " B*samples"],
+    key: Array,
+    sampling: _Sampling,
+) -> Int[Array, "B*samples max_new_tokens"]:
+    def own_key(prompt, sample):
+        return jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
+
     return generate(
         nnx.merge(graphdef, state), prompts, lengths,
-        max_new_tokens=max_new_tokens, stop_token=stop_token, pad_token=pad_token,
+        key=jax.vmap(own_key)(prompt_numbers, sample_numbers), **dataclasses.asdict(sampling),
     )  # fmt: skip

@@ -23,7 +23,7 @@ def sample_token(
 ) -> Int[Array, " B"]:
     """One token for each row: the likeliest at temperature 0, else drawn from the nucleus of mass top_p.
 
-    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020).
+    With a key for each row, a row's token depends on nothing but its own logits and key. The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020).
     """
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -34,7 +34,8 @@ def sample_token(
         before = jnp.cumsum(probability, axis=-1) - probability
         least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    draw = jax.random.categorical if key.ndim == 0 else jax.vmap(jax.random.categorical)
+    return draw(key, logits).astype(jnp.int32)
 
 
 def generate(
@@ -48,7 +49,8 @@ def generate(
     stop_token: int | None = None,
     pad_token: int = 0,
     key: Array | None = None,
-) -> Int[Array, "B max_new_tokens"]:
+    samples: int = 1,
+) -> Int[Array, "B*samples max_new_tokens"]:
     """Continues every prompt, until all rows have stopped. Without capacity limits, so that rows are independent.
 
     Args:
@@ -59,7 +61,8 @@ def generate(
       temperature: 0 is greedy.
       top_p: mass of the nucleus to sample from; 1 samples from all.
       stop_token: ends a row; it is part of the result, what follows it is pad_token.
-      key: random key; needed with a temperature.
+      key: random key, or one for each row of the result; needed with a temperature.
+      samples: rows of the result for each prompt, one after the other. Every prompt is read once.
 
     Returns:
       The new tokens. All of it runs under `jax.jit` (everything after prompt_lengths static, but key).
@@ -74,6 +77,8 @@ def generate(
         raise ValueError(f"top_p={top_p}; choose 0 < top_p <= 1.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; it must be positive.")
+    if samples < 1:
+        raise ValueError(f"samples={samples}; it must be positive.")
     if temperature > 0.0 and key is None:
         raise ValueError(f"temperature={temperature} samples; give key=jax.random.key(seed).")
     batch, width = prompts.shape
@@ -87,10 +92,15 @@ def generate(
     model = dropless(model)
     definition, state = nnx.split(model)
     key = jax.random.key(0) if key is None else key
+    fold = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, in_axes=(0, None))
     logits, cache = model.prefill(prompts, lengths, init_cache(model.config, batch, length))
+    if samples > 1:
+        batch *= samples
+        lengths, logits = jnp.repeat(lengths, samples), jnp.repeat(logits, samples, axis=0)
+        cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=1), cache)
 
     def emit(step, logits, done, tokens):
-        token = sample_token(logits, jax.random.fold_in(key, step), temperature, top_p)
+        token = sample_token(logits, fold(key, step), temperature, top_p)
         token = jnp.where(done, pad_token, token)
         done = done if stop_token is None else done | (token == stop_token)
         return token, done, jax.lax.dynamic_update_index_in_dim(tokens, token, step, axis=1)

@@ -38,6 +38,7 @@ _NUMBERS = {
         "accuracy_standard_error": "accuracy_standard_error",
     },
     "generation": {"accuracy": "generation_accuracy"},
+    "test_time": {},  # curves, which the report draws
 }
 
 

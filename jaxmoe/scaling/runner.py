@@ -307,7 +307,10 @@ def _has_records(directory: epath.Path, run: RunConfig) -> bool:
     """Whether the last step was evaluated with this configuration."""
     folder = directory / "records"
     last = folder.glob(f"*-{run.train.steps:08d}.json") if folder.exists() else ()
-    return any(read_json(path)["config_hash"] == config_hash(run) for path in last)
+    records = (read_json(path) for path in last)
+    return any(
+        record["config_hash"] == config_hash(run) for record in records if record["evaluation"] != "test_time"
+    )
 
 
 @contextlib.contextmanager

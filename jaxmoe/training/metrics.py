@@ -71,16 +71,19 @@ class JsonLines:
       path: of the file; its folder must exist.
       keep_until: of a file that is there already, lines up to this step stay and later ones are cut, as is
         whatever a kill left unfinished.
+
+    Attributes:
+      remote: whether the file is in an object store.
     """
 
-    def __init__(self, path: epath.PathLike, keep_until: int):
+    def __init__(self, path: epath.PathLike, keep_until: float):
         self._path = epath.Path(path)
         kept, whole = _read_lines(self._path, keep_until)
         if not whole:
             write_text(self._path, "".join(kept))
-        remote = is_remote(self._path)
-        self._file = None if remote else AppendedFile(self._path)
-        self._lines, self._in_store = (kept, len(kept)) if remote else ([], 0)
+        self.remote = is_remote(self._path)
+        self._file = None if self.remote else AppendedFile(self._path)
+        self._lines, self._in_store = (kept, len(kept)) if self.remote else ([], 0)
         self._flushing = threading.Lock()
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -128,7 +131,7 @@ class JsonLines:
             self._in_store = count
 
 
-def _read_lines(path: epath.Path, keep_until: int) -> tuple[list[str], bool]:
+def _read_lines(path: epath.Path, keep_until: float) -> tuple[list[str], bool]:
     """The lines up to a step, and whether they are all that the file holds."""
     if not path.exists():
         return [], True

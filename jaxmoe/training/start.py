@@ -102,19 +102,22 @@ def write_start(
         )
 
 
-def read_parameters(run: RunConfig, directory: epath.PathLike) -> tuple[int, nnx.Module]:
+def read_parameters(
+    run: RunConfig, directory: epath.PathLike, mesh: MeshConfig = MeshConfig()
+) -> tuple[int, nnx.Module]:
     """The model of the newest checkpoint of a run, spread over the devices there are, and its step.
 
     Args:
       run: the configuration.
       directory: of the run.
+      mesh: the devices.
 
     Raises:
       ConfigError: there is no checkpoint.
       CheckpointError: the checkpoints are of another model, or cannot be read.
     """
     directory = epath.Path(directory)
-    graphdef, like = abstract_state(run, make_partitioning(MeshConfig()))
+    graphdef, like = abstract_state(run, make_partitioning(mesh))
     restored = None
     if (directory / CHECKPOINT_DIRECTORY).exists():
         with Checkpoints(directory / CHECKPOINT_DIRECTORY) as checkpoints:

@@ -163,8 +163,13 @@ def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     return [
         key
         for key in [*old, *(key for key in new if key not in old)]
-        if key.split(".")[0] != "mesh" and (key not in old or key not in new or old[key] != new[key])
+        if not _beside_the_run(key) and (key not in old or key not in new or old[key] != new[key])
     ]
+
+
+def _beside_the_run(key: str) -> bool:
+    """Whether a key is no part of what a run is (`jaxmoe.config.values.NOT_IDENTITY`)."""
+    return key.split(".")[0] == "mesh" or key.startswith("evaluation.test_time.")
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
