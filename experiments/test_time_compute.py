@@ -22,7 +22,7 @@ from absl import flags
 from experiments.execution import read_study
 from experiments.flags import run_with_config
 from experiments.terminal import log_to_terminal
-from jaxmoe.config import ConfigError, MeshConfig, parse_mesh
+from jaxmoe.config import ConfigError, parse_mesh
 from jaxmoe.exit_status import RESUMABLE
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study that trained the members, local or gs://.")
@@ -49,7 +49,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     from jaxmoe.scaling.test_time import sample_study
     from jaxmoe.training import StopRequest, TrainingError
 
-    mesh = MeshConfig() if _MESH.value is None else parse_mesh(_MESH.value)
+    mesh = None if _MESH.value is None else parse_mesh(_MESH.value)
     try:
         with StopRequest(second="exit") as stop:
             members = sample_study(study, _WORKDIR.value, only=only, mesh=mesh, stop=stop, progress=_say)

@@ -29,7 +29,8 @@ from jaxmoe.scaling.study import Member, Study
 from jaxmoe.scaling.study_file import STUDY_FILE
 from jaxmoe.sharding import make_partitioning, use_partitioning
 from jaxmoe.storage import as_path, read_json
-from jaxmoe.training import EvaluationStopped, StopRequest, describe_differences, read_parameters
+from jaxmoe.training import EvaluationStopped, StopRequest, read_parameters
+from jaxmoe.training.workdir import describe_differences
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def sample_study(
     workdir: epath.PathLike,
     *,
     only: str | None = None,
-    mesh: MeshConfig = MeshConfig(),
+    mesh: MeshConfig | None = None,
     stop: StopRequest | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> list[SampledMember]:
@@ -72,7 +73,7 @@ def sample_study(
       study: with members of the names that the folder has.
       workdir: the folder of the study that trained them, local or gs://.
       only: this member alone.
-      mesh: the devices.
+      mesh: the devices; None spreads the parameters over all there are.
       stop: asks to stop, after the batch in flight; None: SIGTERM and SIGINT do, while this call lasts.
       progress: see `Progress`.
 
@@ -102,7 +103,7 @@ def _sample_members(
     study: Study,
     members: Sequence[Member],
     workdir: epath.Path,
-    mesh: MeshConfig,
+    mesh: MeshConfig | None,
     stop: StopRequest,
     progress: Progress,
 ) -> list[SampledMember]:
@@ -126,7 +127,7 @@ def sample_member(
     directory: epath.PathLike,
     *,
     labels: dict[str, str] | None = None,
-    mesh: MeshConfig = MeshConfig(),
+    mesh: MeshConfig | None = None,
     stop: StopRequest | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> SampledMember:
@@ -164,7 +165,7 @@ def sample_member(
         what = f"{directory.name}: {problems.source} ({problems.split})"
         described = {"member": run.name, "trained_steps": step, "sampling_hash": made_by}
         try:
-            with use_partitioning(make_partitioning(mesh)):
+            with use_partitioning(make_partitioning(mesh or MeshConfig())):
                 votes = sample_problems(
                     model, tokenizer, problems, settings, samples_file(directory, problems, step, made_by),
                     describes=described, check_stop=check_stop,
@@ -179,7 +180,8 @@ def sample_member(
                 f"model.max_sequence_length={run.model.max_sequence_length}); take fewer shots, or shorter answers."
             )
         if len(counted) < len(votes):
-            logger.warning("%s: %d prompts leave no room for an answer and are left out", what, len(votes) - len(counted))
+            left_out = len(votes) - len(counted)
+            logger.warning("%s: %d prompts leave no room for an answer and are left out", what, left_out)
         numbers = {
             **sampling_numbers(counted),
             "skipped": len(votes) - len(counted),

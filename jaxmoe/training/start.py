@@ -103,21 +103,21 @@ def write_start(
 
 
 def read_parameters(
-    run: RunConfig, directory: epath.PathLike, mesh: MeshConfig = MeshConfig()
+    run: RunConfig, directory: epath.PathLike, mesh: MeshConfig | None = None
 ) -> tuple[int, nnx.Module]:
     """The model of the newest checkpoint of a run, spread over the devices there are, and its step.
 
     Args:
       run: the configuration.
       directory: of the run.
-      mesh: the devices.
+      mesh: the devices; None spreads the parameters over all there are.
 
     Raises:
       ConfigError: there is no checkpoint.
       CheckpointError: the checkpoints are of another model, or cannot be read.
     """
     directory = epath.Path(directory)
-    graphdef, like = abstract_state(run, make_partitioning(mesh))
+    graphdef, like = abstract_state(run, make_partitioning(mesh or MeshConfig()))
     restored = None
     if (directory / CHECKPOINT_DIRECTORY).exists():
         with Checkpoints(directory / CHECKPOINT_DIRECTORY) as checkpoints:
