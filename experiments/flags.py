@@ -22,7 +22,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxmoe.config import SOURCE_KINDS, ConfigError, RunConfig, nearest
+from jaxmoe.config import SOURCE_KINDS, ConfigError, DataConfig, RunConfig, nearest
 
 _PACKAGED = pathlib.Path(__file__).parent / "configs"
 
@@ -86,7 +86,7 @@ def _fill(section: ml_collections.ConfigDict, kind: type) -> None:
             section_kind = inner[0] if optional else hints[field.name]
             if field.name in section:
                 value = section[field.name]
-                if field.name == "sources":
+                if kind is DataConfig and field.name == "sources":
                     for source in value.values():
                         if source.get("kind") in SOURCE_KINDS:
                             _fill(source, SOURCE_KINDS[source.kind])

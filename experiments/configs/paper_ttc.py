@@ -9,8 +9,8 @@ there must be the tokenizer's file and GSM8K's own files, `evaluation/gsm8k_trai
 mixture's shards are not read. Where a number comes from is written beside it:
 
     [paper]    the paper's text, as read by others
-    [code]     the defaults of the authors' code, a fork of "Large Language Monkeys"; the one committed job has no worked
-               examples, temperature 0 and one sample, for the models after GRPO
+    [code]     the defaults of the authors' code, a fork of "Large Language Monkeys"; the one committed job has no
+               worked examples, temperature 0 and one sample, for the models after GRPO
     [ours]     our choice
 """
 

@@ -164,7 +164,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TestTimeConfig:
-    """Test-time compute: several sampled answers to each problem, and a vote (`python -m experiments.test_time_compute`).
+    """Test-time compute: several sampled answers to each problem, and a vote (`experiments.test_time_compute`).
 
     Defaults are the paper's where it states one, else those of its code (a fork of "Large Language Monkeys"). Nothing
     of it is part of `config_hash`: a finished run can be sampled again otherwise, and its samples have a hash of their

@@ -245,7 +245,7 @@ def _read(path: epath.Path, total: int) -> dict[int, dict[str, Any]]:
             if line.pop("step") >= 0:
                 found[int(line["problem"])] = line
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}, line {place} is broken ({error}); delete the file, and it is made anew.") from error
+            raise ConfigError(f"{path}, line {place} is broken ({error}); delete it, and it is made anew.") from error
     if any(number not in range(total) for number in found):
         raise ConfigError(f"{path} has problems that are not among the {total} of now; delete it, and it is made anew.")
     return found

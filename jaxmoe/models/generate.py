@@ -23,7 +23,8 @@ def sample_token(
 ) -> Int[Array, " B"]:
     """One token for each row: the likeliest at temperature 0, else drawn from the nucleus of mass top_p.
 
-    With a key for each row, a row's token depends on nothing but its own logits and key. The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020).
+    With a key for each row, a row's token depends on nothing but its own logits and key. The nucleus is the smallest
+    set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020).
     """
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
