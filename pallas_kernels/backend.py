@@ -7,9 +7,10 @@ import types
 
 from pallas_kernels import execution
 
-BACKENDS = ("reference", "cpu", "tpu", "gpu", "ragged_dot")
-"""`reference`: the definitions, dense over E; `cpu`: windows and blocks in XLA; `tpu`, `gpu`: Pallas kernels by
-Mosaic and Triton; `ragged_dot`: `jax.lax.ragged_dot`."""
+BACKENDS = ("reference", "cpu", "cpu_native", "tpu", "gpu", "ragged_dot")
+"""`reference`: the definitions, dense over E; `cpu`: windows and blocks in XLA; `cpu_native`: compiled kernels in
+float32, after `python -m pallas_kernels.build_native`; `tpu`, `gpu`: Pallas kernels by Mosaic and Triton;
+`ragged_dot`: `jax.lax.ragged_dot`."""
 
 _KERNEL_MODULES = {"tpu": "mosaic_tpu", "gpu": "triton_gpu"}
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import jax
 
+from pallas_kernels import native
+
 TPU_CHIPS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -112,8 +114,12 @@ def target_of(backend: str) -> Target:
     """The target of a resolved backend in this context.
 
     Raises:
-      ValueError: a Pallas backend on a platform that cannot run it.
+      ValueError: a backend on a platform that cannot run it, or one that is to be built first.
     """
+    if backend == "cpu_native":
+        if platform() != "cpu":
+            raise ValueError(f"backend='cpu_native' runs on CPU but the platform is {platform()!r}; choose 'auto'.")
+        native.load()
     if backend not in PLATFORMS:
         return Target(backend)
     context = _context.get()

@@ -99,13 +99,19 @@ def user_table() -> pathlib.Path | None:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         return pathlib.Path(named)
+    folder = cache_directory()
+    return None if folder is None else folder / "tiles.json"
+
+
+def cache_directory() -> pathlib.Path | None:
+    """The user's folder for what this package measures and builds; None where there is no home to hold it."""
     cache = os.environ.get("XDG_CACHE_HOME")
     if not cache:
         try:
             cache = pathlib.Path.home() / ".cache"
         except RuntimeError:  # a user without an entry in the system's list, as in some containers
             return None
-    return pathlib.Path(cache) / "pallas_kernels" / "tiles.json"
+    return pathlib.Path(cache) / "pallas_kernels"
 
 
 def write(path: pathlib.Path, entries: list[dict[str, Any]]) -> None:

@@ -70,7 +70,9 @@ def test_a_tpu_with_little_vmem_is_another_platform(kind, platform, monkeypatch)
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'tpu', 'gpu', 'ragged_dot'"):
+    with pytest.raises(
+        ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'cpu_native', 'tpu', 'gpu', 'ragged_dot'"
+    ):
         resolved_backend("fast")
 
 
