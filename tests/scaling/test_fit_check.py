@@ -46,8 +46,8 @@ def small(run, **train):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9:2x2", "unknown chip 'v9'. Known: v5e, v5p, v6e, tpu7x, h100, h200"),
-        ("v5p", "no shape can be read after the chip. A topology is written like v5e:4x4"),
+        ("v9:2x2", "unknown chip 'v9'. Known: v4, v5e, v5p, v6e, tpu7x, h100, h200, b200"),
+        ("v5p", "no shape can be read after the chip. A topology is written like v4:4x4x4"),
         ("v5e:2x2x2", "v5e has 2 directions, 2x2 or more"),
         ("v5p:1x1x1", "v5p has 3 directions, 2x2x1 or more"),
         ("h100:12", "up to 8 GPUs, or a multiple of them"),
@@ -72,9 +72,10 @@ def test_what_the_compiler_says_of_memory():
     assert 15 * GIB < memory_limit(topology_of("v5e:2x2")) <= 16 * GIB
 
 
-def test_a_step_on_a_tpu_slice():
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2"])
+def test_a_step_on_a_tpu_slice(name):
     run = dataclasses.replace(small(member("d512-E8-k2")), mesh=MeshConfig(fsdp=2, expert=2))
-    fit = check_fit(run, topology_of("v5e:2x2"))
+    fit = check_fit(run, topology_of(name))
     assert fit.fits
     assert fit.peak >= fit.arguments > 0
     kinds = {exchange.kind for exchange in fit.exchanges}
@@ -95,11 +96,18 @@ def test_bytes_between_slices():
     assert sum(exchange.between_slices for exchange in fit.exchanges) < sum(each.bytes for each in fit.exchanges)
 
 
-def test_a_decode_step_on_gpus():
+def test_a_chip_of_v4_is_one_device():
+    topology = topology_of("v4:2x2x1")
+    assert len(topology.devices) == 4
+    assert 30 * GIB < memory_limit(topology) <= 32 * GIB
+
+
+@pytest.mark.parametrize(("name", "memory"), [("h100:4", 80), ("b200:4", 180)])
+def test_a_decode_step_on_gpus(name, memory):
     run = dataclasses.replace(small(member("d512-E8-k2")), mesh=MeshConfig(fsdp=2, expert=2))
-    fit = check_fit(run, topology_of("h100:4"), what="decode", rows=8, length=128)
+    fit = check_fit(run, topology_of(name), what="decode", rows=8, length=128)
     assert fit.fits
-    assert (fit.tokens, fit.limit) == (8, 80 * 10**9)
+    assert (fit.tokens, fit.limit) == (8, memory * 10**9)
 
 
 @pytest.mark.slow
@@ -147,7 +155,7 @@ def test_the_command_needs_a_member_and_a_topology():
     assert "--member is missing: paper_math has 65" in done.stderr
     done = run("--config=paper_math.py:d512-E8-k2")
     assert done.returncode == 2
-    assert "--topology is missing; for example one of v5e:4x4" in done.stderr
+    assert "--topology is missing; for example one of v4:4x4x4" in done.stderr
 
 
 def test_the_table_says_what_was_compiled():
