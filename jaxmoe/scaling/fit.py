@@ -175,7 +175,7 @@ def check_fit(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        peak = _refused_peak(str(error))
+        peak, _ = _refused(str(error))
         if peak is None:
             raise
         return Fit(
@@ -287,15 +287,25 @@ def _tpu_limit(name: str) -> int | None:
     try:
         jax.jit(lambda x: x + 1).lower(much).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"of ([\d.]+[KMGT]?) hbm", str(error))
-        return None if found is None else _parsed_bytes(found[1])
+        return _refused(str(error))[1]
     return None
 
 
-def _refused_peak(message: str) -> int | None:
-    """Bytes that a refused program would have needed; None if it was refused for another reason."""
-    found = re.search(r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return None if found is None else _parsed_bytes(found[1])
+_TOO_LARGE = (
+    r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm",
+    r"total memory required for HLO temporaries \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)",
+)
+"""How the TPU compiler says that a program needs more memory than there is: at the end, or before it tries."""
+
+
+def _refused(message: str) -> tuple[int | None, int | None]:
+    """Bytes that a refused program would have needed, and those that there are; None if it was refused for another
+    reason."""
+    for pattern in _TOO_LARGE:
+        found = re.search(pattern, message)
+        if found is not None:
+            return _parsed_bytes(found[1]), _parsed_bytes(found[2])
+    return None, None
 
 
 def _parsed_bytes(text: str) -> int:
