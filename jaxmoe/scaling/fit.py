@@ -293,9 +293,13 @@ def _tpu_limit(name: str) -> int | None:
 
 
 def _refused_peak(message: str) -> int | None:
-    """Bytes that a refused program would have needed; None if it was refused for another reason."""
-    found = re.search(r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return None if found is None else _parsed_bytes(found[1])
+    """Bytes that a refused program would have needed; None if it was refused for another reason.
+
+    A program whose temporaries alone are too large is refused with another sentence, which counts them alone.
+    """
+    sentences = r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm", r"required for HLO temporaries \(([\d.]+[KMGT]?)\)"
+    found = [match for match in (re.search(sentence, message) for sentence in sentences) if match]
+    return _parsed_bytes(found[0][1]) if found else None
 
 
 def _parsed_bytes(text: str) -> int:

@@ -67,6 +67,8 @@ def test_slices_of_tpus():
 def test_what_the_compiler_says_of_memory():
     message = "Ran out of memory in memory space hbm. Used 114.20G of 95.74G hbm. Exceeded hbm capacity by 18.46G."
     assert _refused_peak(message) == round(114.2 * GIB)
+    message = "Ran out of memory on HBM, the total memory required for HLO temporaries (34.80G) exceeds available HBM"
+    assert _refused_peak(message) == round(34.8 * GIB)
     assert _refused_peak("something else") is None
     assert _parsed_bytes("512.00M") == 512 << 20
     assert 15 * GIB < memory_limit(topology_of("v5e:2x2")) <= 16 * GIB
