@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.accounting import flops_per_token
-from jaxmoe.config import MeshConfig, RunConfig
+from jaxmoe.config import MeshConfig, MoEConfig, RunConfig
 from jaxmoe.config.mesh import check_mesh
 from jaxmoe.layers.expert_parallel import expert_axes
 from jaxmoe.models import init_cache
@@ -200,12 +200,14 @@ def check_fit(
 
 
 def _room(run: RunConfig, partitioning: Partitioning) -> float:
-    """Rows of a receive buffer over those of a balanced routing (docs/distributed.md)."""
     if not run.model.num_moe_layers:
         return 1.0
-    moe = run.model.moe
-    axes = expert_axes(partitioning, moe.num_experts)
-    group = partitioning.size(*((axes,) if isinstance(axes, str) else axes))
+    axes = expert_axes(partitioning, run.model.moe.num_experts)
+    return receive_room(run.model.moe, partitioning.size(*((axes,) if isinstance(axes, str) else axes)))
+
+
+def receive_room(moe: MoEConfig, group: int) -> float:
+    """Rows of the receive buffer of an expert group's device over those of a balanced routing (docs/distributed.md)."""
     if group == 1:
         return 1.0
     if moe.expert_buffer_factor is not None:

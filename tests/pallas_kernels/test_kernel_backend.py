@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import backend as backend_module
-from pallas_kernels import compiling_for, execution, grouped_matmul, resolved_backend
+from pallas_kernels import compiler_options, compiling_for, execution, grouped_matmul, resolved_backend
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,14 @@ def test_auto_is_resolved_for_the_chip_that_is_compiled_for():
         assert resolved_backend() == "tpu"
     with compiling_for("h100"):
         assert resolved_backend() == "gpu"
+
+
+def test_a_program_needs_options_on_tpu_alone():
+    assert compiler_options() == {}
+    with compiling_for("v4"):
+        assert compiler_options() == {"xla_tpu_scoped_vmem_limit_kib": "16384"}
+    with compiling_for("b200"):
+        assert compiler_options() == {}
 
 
 def test_an_unknown_chip_is_refused_with_the_known_ones():

@@ -10,10 +10,10 @@ import pytest
 from experiments.flags import load_config
 from jaxmoe.config import ConfigError, MeshConfig
 from jaxmoe.models import preset
-from jaxmoe.scaling import Study
-from jaxmoe.scaling.fit import _parsed_bytes, _refused, check_fit, memory_limit
+from jaxmoe.scaling import Study, fit_search
+from jaxmoe.scaling.fit import Fit, StepTime, _parsed_bytes, _refused, check_fit, memory_limit
 from jaxmoe.scaling.fit_report import describe_fit
-from jaxmoe.scaling.fit_search import expected_bytes, plans_of
+from jaxmoe.scaling.fit_search import expected_bytes, expected_seconds, plans_of
 from jaxmoe.scaling.fit_table import smallest_fit, table
 from jaxmoe.scaling.topologies import GIB, describe_topology
 
@@ -145,6 +145,49 @@ def test_plans_divide_the_model_and_the_batch():
     assert max(map(expected_bytes, fewer)) < min(
         expected_bytes(plan) for plan in plans if plan.train.gradient_accumulation == 1 and plan.model.remat == "none"
     )
+
+
+def compiled_as(needed, slower, limit):
+    """A compiler for which plans need so many times what is expected, and take so many times as long."""
+    compiled = []
+
+    def check(plan, topology):
+        compiled.append(plan)
+        peak = round(needed * expected_bytes(plan))
+        time = StepTime(slower * max(expected_seconds(plan, topology)), 0.0, 0.0) if peak <= limit else None
+        return Fit(
+            member=plan.name, topology=topology.name, mesh=plan.mesh, what="train", remat=plan.model.remat,
+            gradient_accumulation=plan.train.gradient_accumulation, devices=16, fits=peak <= limit, limit=limit,
+            peak=peak, arguments=None, outputs=None, temporaries=None, operations=None, room=1.0, model_flops=1,
+            exchanges=(), tokens=1, compile_seconds=0.0, estimate=time,
+        )  # fmt: skip
+
+    return check, compiled
+
+
+@pytest.mark.parametrize("needed", [0.7, 1.25, 1.6, 3.0])
+def test_the_search_finds_the_fastest_plan_that_fits_in_a_few_compilations(needed, monkeypatch):
+    run, topology, limit = member("d1024-E64-k8"), topology_of("v6e:4x4"), 31 * GIB
+    check, compiled = compiled_as(needed, 1.2, limit)
+    monkeypatch.setattr(fit_search, "check_fit", check)
+    monkeypatch.setattr(fit_search, "memory_limit", lambda topology: limit)
+    best = fit_search.search(run, topology, tries=6)[0]
+    possible = [plan for plan in plans_of(run, topology) if needed * expected_bytes(plan) <= limit]
+    fastest = min(max(expected_seconds(plan, topology)) for plan in possible)
+    assert best.fits
+    assert best.estimate.seconds == pytest.approx(1.2 * fastest)
+    assert len(compiled) <= 4
+
+
+def test_a_search_where_nothing_fits_ends_with_what_lacks_the_least(monkeypatch):
+    run, topology, limit = member("d2048-E128-k16"), topology_of("v6e:2x2"), 31 * GIB
+    check, compiled = compiled_as(1.0, 1.2, limit)
+    monkeypatch.setattr(fit_search, "check_fit", check)
+    monkeypatch.setattr(fit_search, "memory_limit", lambda topology: limit)
+    fits = fit_search.search(run, topology, tries=3)
+    assert len(compiled) == 3
+    assert not any(fit.fits for fit in fits)
+    assert fits[0].peak == min(map(expected_bytes, plans_of(run, topology)))
 
 
 def test_the_command_needs_a_member_and_a_topology():
