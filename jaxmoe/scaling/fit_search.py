@@ -19,7 +19,7 @@ REMAT = ("none", "dots", "full")
 
 
 USUAL = 1.25
-"""Compiled over expected bytes, as seen for full members of the paper on v6e and v5p: 1.2 to 1.5."""
+"""Compiled over expected bytes, as seen for full members of the paper on v6e and v5p: 1.2 to 1.6."""
 
 
 def search(
