@@ -266,7 +266,7 @@ class MoE(nnx.Module):
             mesh=partitioning.mesh,
             in_specs=(split.spec, split.spec, jax.P(), weight_specs),
             out_specs=(split.spec, jax.P()),
-            check_vma=False,
+            check_vma=True,
         )(split.cut(x), None if mask is None else split.cut(mask), router_state, weights)
         return split.joined(y), statistics
 
