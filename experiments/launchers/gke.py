@@ -254,16 +254,17 @@ class GkeLauncher:
         if "xpk.sh" in files:
             note(f"or, with xpk, which brings a queue of its own: sh {self._folder / 'xpk.sh'}")
 
-    def cancel(self, apply: bool, note: Callable[[str], None]) -> None:
-        """Deletes the study's JobSets, or says how; the run directories stay."""
-        command = [
-            "kubectl", "delete", "jobsets.jobset.x-k8s.io", f"--namespace={self._options.namespace}",
-            f"--selector=jaxmoe/study={_label(self._study)}",
-        ]  # fmt: skip
-        if apply:
-            _kubectl(command)
-        else:
-            note(f"stop the members with\n{shlex.join(command)}")
+
+def cancel(study: str, namespace: str, apply: bool, note: Callable[[str], None]) -> None:
+    """Deletes a study's JobSets with kubectl, or says how; the run directories stay."""
+    command = [
+        "kubectl", "delete", "jobsets.jobset.x-k8s.io", f"--namespace={namespace}",
+        f"--selector=jaxmoe/study={_label(study)}",
+    ]  # fmt: skip
+    if apply:
+        _kubectl(command)
+    else:
+        note(f"stop the members with\n{shlex.join(command)}")
 
 
 def _node_labels(where: Slice) -> dict[str, str]:
