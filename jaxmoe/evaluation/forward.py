@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import RouterStatistics
+from jaxmoe.liveness import beat
 from jaxmoe.models import Decoder, dropless
 from jaxmoe.sharding import RULES, Partitioning, constrain, partitioning_in_use, placed, use_partitioning
-from jaxmoe.training.watchdog import beat
 
 ELEMENTS = 1 << 25
 """Rows are taken together only as far as attention scores and logits stay under this many numbers (128 MiB)."""

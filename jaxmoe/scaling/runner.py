@@ -25,6 +25,7 @@ from etils import epath
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, set_aside, write_records
 from jaxmoe.processes import alone, is_first, of_first, together
+from jaxmoe.scaling.alike import require_started_alike
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
 from jaxmoe.scaling.preflight import Resume, preflight
 from jaxmoe.scaling.status import is_done, read_done
@@ -132,13 +133,18 @@ def run_study(
       SIGTERM or SIGINT, whenever it comes, ends the study at the next point from which it can go on.
 
     Raises:
-      ConfigError: known before anything is trained.
+      ConfigError: known before anything is trained, as that the processes that train it were not started alike.
+
+    A watchdog is there from the beginning on: where nothing moves in any process while the study is checked, its data
+    are made or a member is waited for, for `PATIENCE` times the members' longest `watchdog_minutes`, the process ends.
     """
     workdir = as_path(workdir)
     members = study.members if only is None else (study.member(only),)
     with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
         try:
-            return _run_members(study, members, workdir, resume, strict_restore, progress, command, stop)
+            require_started_alike(workdir, members, only=only, resume=resume, strict_restore=strict_restore)
+            with Watchdog(workdir, _watchdog_minutes(members)):
+                return _run_members(study, members, workdir, resume, strict_restore, progress, command, stop)
         except ConfigError as error:
             if only is not None and is_first() and workdir.is_dir():
                 record_end(workdir / only, "failed", str(error))
@@ -308,6 +314,12 @@ def _has_records(directory: epath.Path, run: RunConfig) -> bool:
     folder = directory / "records"
     last = folder.glob(f"*-{run.train.steps:08d}.json") if folder.exists() else ()
     return any(read_json(path)["config_hash"] == config_hash(run) for path in last)
+
+
+def _watchdog_minutes(members: Sequence[Member]) -> float | None:
+    """Of the preparation, and of what lies between members: the longest that a member has."""
+    minutes = [member.config.train.watchdog_minutes for member in members]
+    return None if None in minutes else max(minutes)
 
 
 @contextlib.contextmanager

@@ -101,12 +101,13 @@ def train(
     Where nothing moves for `run.train.watchdog_minutes`, the process ends; see `jaxmoe.training.watchdog`.
     """
     directory = epath.Path(directory)
-    with together():
-        partitioning = partitioning_of_run(run)
-        check_directory(directory, run, resume)
-        rows = None if partitioning is None else rows_here(partitioning, run.train.batch_size)
-        mixture = Mixture.of_run(run, rows=rows, cache_dir=cache_dir)
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(directory, run.train.watchdog_minutes))
+        with together():
+            partitioning = partitioning_of_run(run)
+            check_directory(directory, run, resume)
+            rows = None if partitioning is None else rows_here(partitioning, run.train.batch_size)
+            mixture = Mixture.of_run(run, rows=rows, cache_dir=cache_dir)
         if jax.default_backend() == "cpu":
             stack.enter_context(reuse_freed_memory())
         if stop is None:
@@ -114,7 +115,6 @@ def train(
         with together():
             if is_first():
                 stack.enter_context(exclusive(directory))
-        watchdog = stack.enter_context(Watchdog(directory, run.train.watchdog_minutes))
         retention, storage = Retention.of(run.train), Storage.of(run.train)
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, retention, storage))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))

@@ -15,6 +15,7 @@ from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.damage import DamageError, finding
 from jaxmoe.training.errors import CheckpointError
 from jaxmoe.training.state import abstract_state, init_state
+from jaxmoe.training.watchdog import _Others
 
 connect()
 
@@ -116,3 +117,22 @@ def test_damage_that_one_process_sees_is_damage_for_both(saved, found):
         np.testing.assert_array_equal(new.addressable_data(0), old.addressable_data(0))
     assert (directory.parent / "unreadable_checkpoints" / "2").is_dir()
     assert not (directory / "2").exists()
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_watchdog_hears_what_moves_in_the_other_process(process):
+    """One has a beat, the other none; each asks once in a round."""
+    others, beat = _Others(1.0), object()
+    heard = []
+    for _ in range(4):
+        if jax.process_index() == process:
+            beat = object()
+            others.moved(beat, 1.0)
+        multihost_utils.sync_global_devices("one has moved")
+        if jax.process_index() != process:
+            heard.append(others.moved(beat, 1.0))
+        multihost_utils.sync_global_devices("the other has asked")
+    multihost_utils.sync_global_devices("nothing moves any more")
+    if jax.process_index() != process:
+        assert heard == [True] * 4
+        assert not others.moved(beat, 1.0)
