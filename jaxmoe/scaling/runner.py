@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
-from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, set_aside, write_records
+from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers
 from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.scaling.alike import require_started_alike
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
+from jaxmoe.scaling.pending_records import PendingRecords
 from jaxmoe.scaling.preflight import Resume, preflight
 from jaxmoe.scaling.status import is_done, read_done
 from jaxmoe.scaling.study import Member, Study
@@ -42,9 +42,11 @@ from jaxmoe.training import (
     ProgressReporter,
     StopRequest,
     TrainingError,
+    TrainResult,
     Watchdog,
     train,
 )
+from jaxmoe.training.errors import explain_no_space
 
 logger = logging.getLogger(__name__)
 
@@ -224,25 +226,35 @@ def run_member(
         "slices": ",".join(member.slices),
     }
 
-    @functools.cache
-    def set_aside_once() -> None:
-        moved = set_aside(directory, config_hash(member.config))
-        if moved:
-            logger.info("%s: %d records of an earlier configuration are in earlier_records now", member.name, moved)
+    pending = PendingRecords(directory, config_hash(member.config))
 
     def evaluate(context: EvaluationContext) -> dict[str, float | None]:
         records = evaluate_all(context, labels)
         if is_first():
-            set_aside_once()
-            write_records(directory, records)
+            pending.add(records)
         return named_numbers(records)
 
     result = train(
-        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume,
-        strict_restore=strict_restore, stop=stop,
+        member.config, directory, on_evaluate=evaluate, before_checkpoint=pending.write, progress=progress,
+        cache_dir=cache_dir, resume=resume, strict_restore=strict_restore, stop=stop,
     )  # fmt: skip
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
+    with explain_no_space(directory, lambda: result.step):
+        return _completed(member, directory, result, evaluate, pending, cache_dir, stop)
+
+
+def _completed(
+    member: Member,
+    directory: epath.Path,
+    result: TrainResult,
+    evaluate: Callable[[EvaluationContext], object],
+    pending: PendingRecords,
+    cache_dir: str | os.PathLike | None,
+    stop: StopRequest | None,
+) -> MemberResult:
+    """What is left of a member once it is trained: the records of its last step, if they are not there, and DONE."""
+    pending.write()
     if not of_first(_has_records(directory, member.config)):
         if stop is not None and stop.requested is not None:
             return MemberResult(member.name, "resumable", result.step, result.loss)
@@ -251,6 +263,7 @@ def run_member(
             limit = member.config.train.watchdog_minutes
             with Watchdog(directory, limit) as watchdog, watchdog.patient(f"evaluating step {result.step}"):
                 evaluate(context)
+            pending.write()
     done = {
         "member": member.name,
         "step": result.step,
