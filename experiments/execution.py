@@ -55,6 +55,7 @@ def run_to_status(
       resume, strict_restore, command, progress: as for `jaxmoe.scaling.run_study`.
     """
     from jaxmoe.ending import ending_together
+    from jaxmoe.exclusive import HeldElsewhereError
     from jaxmoe.processes import is_first
     from jaxmoe.scaling.runner import run_study
     from jaxmoe.training import StopRequest, TrainingError, reuse_freed_memory
@@ -62,10 +63,14 @@ def run_to_status(
     log_to_terminal()
     # Before JAX starts its threads.
     with ending_together(TrainingError), reuse_freed_memory(), StopRequest(second="exit") as stop:
-        outcome = run_study(
-            study, workdir, only=member, resume=resume, strict_restore=strict_restore, progress=progress,
-            command=command, stop=stop,
-        )  # fmt: skip
+        try:
+            outcome = run_study(
+                study, workdir, only=member, resume=resume, strict_restore=strict_restore, progress=progress,
+                command=command, stop=stop,
+            )  # fmt: skip
+        except HeldElsewhereError as error:
+            print(f"not now: {error}", file=sys.stderr)
+            return RESUMABLE
     failed = 2 if outcome.mistaken else FAILED
     if not is_first():
         return {"resumable": RESUMABLE, "failed": failed, "done": 0}[outcome.status]

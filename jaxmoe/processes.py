@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxmoe.config import ConfigError
+from jaxmoe.exclusive import HeldElsewhereError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ LOST_AFTER_SECONDS = 100
 """A process of which JAX's coordination service hears nothing for so long is lost, and the others end."""
 
 _MESSAGE_BYTES = 4096
+_LATER = "\x01"
+"""Before a message of what may pass: that another host holds a folder."""
 
 
 def connect(
@@ -165,6 +168,8 @@ def counted(key: str, more: int) -> int | None:
 def together() -> Iterator[None]:
     """What one process cannot do, none goes on from: an error inside is raised in every process, as a ConfigError.
 
+    HeldElsewhereError, which may pass, stays what it is.
+
     All processes have to come here, and leave only when all have.
     """
     error = None
@@ -174,13 +179,16 @@ def together() -> Iterator[None]:
         error = caught
     if not alone():
         told = "" if error is None else f"{error}" or type(error).__name__
+        told = f"{_LATER}{told}" if isinstance(error, HeldElsewhereError) else told
         message = np.zeros(_MESSAGE_BYTES, np.uint8)
         encoded = np.frombuffer(told.encode()[:_MESSAGE_BYTES], np.uint8)
         message[: encoded.size] = encoded
         messages = multihost_utils.process_allgather(message)
         for process, other in enumerate(messages):
             if error is None and other.any():
-                raise ConfigError(f"process {process}: {bytes(other[other > 0]).decode(errors='replace')}")
+                text = bytes(other[other > 0]).decode(errors="replace")
+                kind = HeldElsewhereError if text.startswith(_LATER) else ConfigError
+                raise kind(f"process {process}: {text.removeprefix(_LATER)}")
     if error is not None:
         raise error
 

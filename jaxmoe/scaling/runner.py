@@ -23,6 +23,7 @@ from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
 from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers
+from jaxmoe.exclusive import HeldElsewhereError
 from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.scaling.alike import require_started_alike
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
@@ -135,6 +136,7 @@ def run_study(
       SIGTERM or SIGINT, whenever it comes, ends the study at the next point from which it can go on.
 
     Raises:
+      HeldElsewhereError: another host has a member's folder.
       ConfigError: known before anything is trained, as that the processes that train it were not started alike.
 
     A watchdog is there from the beginning on: where nothing moves in any process while the study is checked, its data
@@ -310,6 +312,8 @@ def _outcome(
             member, workdir, study_name=study_name, resume=resume, strict_restore=strict_restore, progress=progress,
             cache_dir=cache_dir, stop=stop,
         )  # fmt: skip
+    except HeldElsewhereError:  # which is for a scheduler to try again
+        raise
     except (ConfigError, NonFiniteLossError, LossSpikeError, BufferOverflowError) as error:  # of all processes
         return MemberResult(member.name, "failed", error=str(error), mistake=isinstance(error, ConfigError))
     except Exception as error:
