@@ -45,14 +45,18 @@ class PendingRecords:
                 len(self._waiting), self._directory, first_line(error),
             )  # fmt: skip
 
-    def write(self) -> None:
+    def write(self, until: int | None = None) -> None:
         """Writes what is waiting, in any thread; returns at once where nothing is.
+
+        Args:
+          until: records of no later step than this; None: all.
 
         Raises:
           OSError: or what else storage says; what was not written goes on waiting.
         """
         with self._lock:
-            if not self._waiting:
+            due = [record for record in self._waiting if until is None or record["step"] <= until]
+            if not due:
                 return
             if not self._cleared:
                 moved = set_aside(self._directory, self._config_hash)
@@ -60,5 +64,5 @@ class PendingRecords:
                     where = self._directory.name
                     logger.info("%s: %d records of an earlier configuration are in earlier_records now", where, moved)
                 self._cleared = True
-            write_records(self._directory, self._waiting)
-            self._waiting.clear()
+            write_records(self._directory, due)
+            self._waiting = [record for record in self._waiting if record not in due]

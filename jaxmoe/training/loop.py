@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -66,7 +67,7 @@ def train(
     directory: epath.PathLike,
     *,
     on_evaluate: Evaluator | None = None,
-    before_checkpoint: Callable[[], None] | None = None,
+    before_checkpoint: Callable[[int], None] | None = None,
     progress: ProgressReporter | None = None,
     cache_dir: str | os.PathLike | None = None,
     resume: Resume = "auto",
@@ -85,8 +86,9 @@ def train(
       on_evaluate: called after each of the steps `run.evaluation.steps_of(steps)`. Its results must not matter to
         the training, and it must bear being called again for the same step, which happens after a kill. A long one
         calls the context's `check_stop` now and then, so that a signal need not wait for its end.
-      before_checkpoint: called before a checkpoint is written and before every further attempt, in a thread of its
-        own. What it raises is a failure of the checkpoint, which is tried again or missed if storage is at fault.
+      before_checkpoint: called with its step before a checkpoint is written and before every further attempt, in a
+        thread of its own. What it raises is a failure of the checkpoint, which is tried again or missed if storage is
+        at fault.
       progress: to report to.
       cache_dir: where tokenized text is kept if the configuration does not say.
       resume: `force` goes on in a directory of another configuration, or with data that changed since its checkpoint,
@@ -152,7 +154,7 @@ class _Loop:
         stop: StopRequest,
         watchdog: Watchdog,
         on_evaluate: Evaluator | None,
-        before_checkpoint: Callable[[], None] | None,
+        before_checkpoint: Callable[[int], None] | None,
         progress: ProgressReporter | None,
     ):
         self._run, self._directory, self._mixture = run, directory, mixture
@@ -297,14 +299,15 @@ class _Loop:
         }
         with self._watchdog.patient(f"saving step {self._step}"):
             self._checkpoints.save(
-                self._step, self._state, metadata, quality=self._quality, first=self._store_the_rest, required=required
+                self._step, self._state, metadata, quality=self._quality, required=required,
+                first=functools.partial(self._store_the_rest, self._step),
             )
 
-    def _store_the_rest(self) -> None:
-        """What must be in storage before a checkpoint can be complete."""
+    def _store_the_rest(self, step: int) -> None:
+        """What must be in storage before the checkpoint of a step can be complete."""
         self._log.flush()
         if self._before_checkpoint is not None:
-            self._before_checkpoint()
+            self._before_checkpoint(step)
 
     def _settle(self) -> None:
         """Waits for every step in flight."""
