@@ -60,7 +60,7 @@ class TrainConfig:
       spike_factor: 10 is 6.7 standard deviations of a normal distribution.
       watchdog_minutes: a run in which no step ends for so long is taken to hang: the stacks of all threads are
         written down and the process ends with status 75, for a scheduler to start it again. Three times as long where
-        XLA may be compiling or storage is waited for. None waits for ever.
+        XLA may be compiling, storage is waited for, or a study is prepared. None waits for ever.
     """
 
     steps: int

@@ -62,7 +62,7 @@ def preflight(
     for member in waiting:
         with _naming(member):
             partitioning_of_run(member.config)
-        check_unused(workdir / member.name)
+        check_unused(workdir / member.name, wait=True)
         try:
             check_format(workdir / member.name / CHECKPOINT_DIRECTORY)
         except CheckpointError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -66,6 +67,7 @@ def train(
     directory: epath.PathLike,
     *,
     on_evaluate: Evaluator | None = None,
+    before_checkpoint: Callable[[int], None] | None = None,
     progress: ProgressReporter | None = None,
     cache_dir: str | os.PathLike | None = None,
     resume: Resume = "auto",
@@ -84,6 +86,9 @@ def train(
       on_evaluate: called after each of the steps `run.evaluation.steps_of(steps)`. Its results must not matter to
         the training, and it must bear being called again for the same step, which happens after a kill. A long one
         calls the context's `check_stop` now and then, so that a signal need not wait for its end.
+      before_checkpoint: called with its step before a checkpoint is written and before every further attempt, in a
+        thread of its own. What it raises is a failure of the checkpoint, which is tried again or missed if storage is
+        at fault.
       progress: to report to.
       cache_dir: where tokenized text is kept if the configuration does not say.
       resume: `force` goes on in a directory of another configuration, or with data that changed since its checkpoint,
@@ -101,12 +106,13 @@ def train(
     Where nothing moves for `run.train.watchdog_minutes`, the process ends; see `jaxmoe.training.watchdog`.
     """
     directory = epath.Path(directory)
-    with together():
-        partitioning = partitioning_of_run(run)
-        check_directory(directory, run, resume)
-        rows = None if partitioning is None else rows_here(partitioning, run.train.batch_size)
-        mixture = Mixture.of_run(run, rows=rows, cache_dir=cache_dir)
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(directory, run.train.watchdog_minutes))
+        with together():
+            partitioning = partitioning_of_run(run)
+            check_directory(directory, run, resume)
+            rows = None if partitioning is None else rows_here(partitioning, run.train.batch_size)
+            mixture = Mixture.of_run(run, rows=rows, cache_dir=cache_dir)
         if jax.default_backend() == "cpu":
             stack.enter_context(reuse_freed_memory())
         if stop is None:
@@ -114,13 +120,12 @@ def train(
         with together():
             if is_first():
                 stack.enter_context(exclusive(directory))
-        watchdog = stack.enter_context(Watchdog(directory, run.train.watchdog_minutes))
         retention, storage = Retention.of(run.train), Storage.of(run.train)
         checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINT_DIRECTORY, retention, storage))
         stack.enter_context(explain_no_space(directory, lambda: checkpoints.last_step))
         loop = _Loop(
             run, directory, mixture, partitioning, checkpoints, resume, strict_restore, stop, watchdog, on_evaluate,
-            progress,
+            before_checkpoint, progress,
         )  # fmt: skip
         return loop.run_to_end()
 
@@ -149,11 +154,12 @@ class _Loop:
         stop: StopRequest,
         watchdog: Watchdog,
         on_evaluate: Evaluator | None,
+        before_checkpoint: Callable[[int], None] | None,
         progress: ProgressReporter | None,
     ):
         self._run, self._directory, self._mixture = run, directory, mixture
         self._checkpoints, self._stop, self._watchdog = checkpoints, stop, watchdog
-        self._on_evaluate, self._progress = on_evaluate, progress
+        self._on_evaluate, self._before_checkpoint, self._progress = on_evaluate, before_checkpoint, progress
         self._source_names, self._contents = mixture.source_names, mixture.contents()
         self._partitioning = partitioning
         self._step, self._loss, self._resumed, self._quality, evaluated = 0, None, None, None, True
@@ -293,8 +299,15 @@ class _Loop:
         }
         with self._watchdog.patient(f"saving step {self._step}"):
             self._checkpoints.save(
-                self._step, self._state, metadata, quality=self._quality, first=self._log.flush, required=required
+                self._step, self._state, metadata, quality=self._quality, required=required,
+                first=functools.partial(self._store_the_rest, self._step),
             )
+
+    def _store_the_rest(self, step: int) -> None:
+        """What must be in storage before the checkpoint of a step can be complete."""
+        self._log.flush()
+        if self._before_checkpoint is not None:
+            self._before_checkpoint(step)
 
     def _settle(self) -> None:
         """Waits for every step in flight."""
