@@ -23,7 +23,8 @@ from typing import Literal
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
-from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, set_aside, write_records
+from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, reward_records, set_aside, write_records
+from jaxmoe.post_training import GRPO, validation_rewards
 from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
 from jaxmoe.scaling.preflight import Resume, preflight
@@ -38,6 +39,7 @@ from jaxmoe.training import (
     LossSpikeError,
     NonFiniteLossError,
     NoSpaceLeftError,
+    PreTraining,
     ProgressReporter,
     StopRequest,
     TrainingError,
@@ -226,14 +228,17 @@ def run_member(
 
     def evaluate(context: EvaluationContext) -> dict[str, float | None]:
         records = evaluate_all(context, labels)
+        if context.run.grpo is not None:
+            records += reward_records(context, validation_rewards(context), labels)
         if is_first():
             set_aside_once()
             write_records(directory, records)
         return named_numbers(records)
 
+    method = PreTraining if member.config.grpo is None else GRPO
     result = train(
         member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume,
-        strict_restore=strict_restore, stop=stop,
+        strict_restore=strict_restore, stop=stop, method=method,
     )  # fmt: skip
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
