@@ -50,7 +50,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     config.evaluation = {"points": 5, "examples": 1024}
     if stage == "pretrain":
         config.train = {
-            "steps": 400,
+            "steps": 300,
             "batch_size": 128,
             "sequence_length": 16,
             "learning_rate": 6e-3,
@@ -62,7 +62,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     else:
         config.start_from = "runs/grpo_micro_start/{member}"
         config.train = {
-            "steps": 60,  # rollouts
+            "steps": 100,  # rollouts
             "batch_size": 128,  # prompts of a rollout
             "sequence_length": 16,
             "learning_rate": 3e-4,
