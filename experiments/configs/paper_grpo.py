@@ -16,10 +16,10 @@ and the reward needs `pip install jaxmoe[post]`. Where a number comes from is wr
     [paper]    the paper's text, in others' words
     [ours]     our choice, where theirs is not known or another one is better
 
-How sure: the settings are those of the script. That GSM8K's problems are trained on is from the paper; the script, which
-prepares them, too, trains on MATH alone, and `paper_grpo.py` on both, in proportion to their numbers. To follow the
-script, --config.data.sources.gsm8k.weight=0; to follow the paper, --config.data.sources.math.weight=0. Nothing here was
-trained by this project. docs/grpo.md has the formulae and what differs from verl.
+How sure: the settings are those of the script. That GSM8K's problems are trained on is from the paper; the script
+prepares them, too, and trains on MATH alone. Here both are, in proportion to their numbers [ours]: with
+--config.data.sources.gsm8k.weight=0 the script is followed, with --config.data.sources.math.weight=0 the paper. Nothing
+here was trained by this project. docs/grpo.md has the formulae and what differs from verl.
 """
 
 import ml_collections

@@ -87,7 +87,8 @@ def reward_records(
     """
     identity = run_identity(context, labels)
     return [
-        _record(identity, "reward", source, "test", {**numbers, "dropped_fraction": 0.0}) for source, numbers in measured
+        _record(identity, "reward", source, "test", {**numbers, "dropped_fraction": 0.0})
+        for source, numbers in measured
     ]
 
 

@@ -74,8 +74,8 @@ class GRPO:
         now, *self._reference = read_start(run, self._partitioning)
         if now != start_step:
             raise ConfigError(
-                f"start_from={run.start_from} is at step {now} now, and this run started from its step {start_step}: the "
-                "reference would be another. Put that checkpoint back, or take another folder for a new start."
+                f"start_from={run.start_from} is at step {now} now, and this run started from its step {start_step}: "
+                "the reference would be another. Put that checkpoint back, or take another folder for a new start."
             )
         self._score = make_scorer(run.model, run.grpo, self._partitioning)
         self._updates = make_updates(run.model, run.train, run.grpo, len(self._mixture.sources), self._partitioning)
@@ -159,8 +159,8 @@ class GRPO:
             if float(overflowed) > 0:
                 raise BufferOverflowError(
                     f"{float(overflowed):.0f} expert assignments of sampled responses found no room in buffers of "
-                    f"model.moe.expert_buffer_factor={run.model.moe.expert_buffer_factor} times the mean; give a larger "
-                    "factor, or None for room for all rows that could come."
+                    f"model.moe.expert_buffer_factor={run.model.moe.expert_buffer_factor} times the mean; give a "
+                    "larger factor, or None for room for all rows that could come."
                 )
             parts.append(np.asarray(log_probability))
         return np.concatenate(parts)

@@ -55,7 +55,7 @@ class TokenSums:
     clipped: Float[Array, ""]
 
 
-def kl_estimate(log_probability: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, "..."]:
+def kl_estimate(log_probability: Float[Array, ...], reference: Float[Array, ...]) -> Float[Array, ...]:
     r"""Estimate of $KL(\pi \| \pi_{ref})$ from one token of $\pi$: $e^d - d - 1$ with $d = \log\pi_{ref} - \log\pi$.
 
     Schulman's k3 (http://joschu.net/blog/kl-approx.html): never negative, without bias; clipped to `KL_LIMIT`.

@@ -125,9 +125,9 @@ def _numbers(*values: Any) -> None:
 
 def _power(base: Any, exponent: Any) -> Any:
     _numbers(base, exponent)
-    if isinstance(base, int) and isinstance(exponent, int) and exponent > 0:
-        if max(base.bit_length(), 1) * exponent > MOST_BITS and abs(base) > 1:
-            raise ProgramError(f"a power with exponent {exponent}")
+    whole = isinstance(base, int) and isinstance(exponent, int)
+    if whole and abs(base) > 1 and base.bit_length() * exponent > MOST_BITS:
+        raise ProgramError(f"a power with exponent {exponent}")
     return base**exponent
 
 

@@ -75,7 +75,7 @@ class Prompts:
         self.kept[source.name], self.left_out[source.name] = len(fitting), len(prompts) - len(fitting)
         if self.left_out[source.name]:
             logger.warning(
-                "source %r: %d of %d prompts have more than grpo.max_prompt_tokens=%d tokens, or none, and are left out",
+                "source %r: %d of %d prompts have more than grpo.max_prompt_tokens=%d tokens, or none: left out",
                 source.name, self.left_out[source.name], len(prompts), longest,
             )  # fmt: skip
 

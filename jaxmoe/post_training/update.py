@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxmoe.config import GRPOConfig, ModelConfig, TrainConfig
 from jaxmoe.layers import RouterStatistics, load_metrics

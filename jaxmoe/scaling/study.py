@@ -130,9 +130,10 @@ class Study:
         Args:
           config: an `ml_collections.ConfigDict` or nested mappings, with `study` (name, title, held_fixed, varies,
             notes, and `slices` for `slice_notes`), `seeds`, the sections `model`, `data`, `train`, `evaluation`,
-            `mesh`, `grpo`, the value `start_from`, in which `{member}` stands for a member's name, and `members`: by arm, each with `slices`, `seeds` and values that replace those of the sections,
-            merged key by key, and with `name` where the arm's is not its key (a key has no dots). Members keep their
-            order; a ConfigDict has none, so its are taken headline first, then by name with numbers counted.
+            `mesh` and `grpo`, `start_from`, in which `{member}` stands for a member's name, and `members`: by arm, each
+            with `slices`, `seeds` and values that replace those of the sections, merged key by key, and with `name`
+            where the arm's is not its key (a key has no dots). Members keep their order; a ConfigDict has none, so its
+            are taken headline first, then by name with numbers counted.
 
         Raises:
           ConfigError: an unknown key (the nearest known one is given) or a value that is refused; the message starts

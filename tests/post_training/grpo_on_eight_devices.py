@@ -42,7 +42,8 @@ def computed(mesh):
         name: placed(array, partitioning, None, None, *("batch", "sequence")[: array.ndim - 2])
         for name, array in arrays.items()
     })  # fmt: skip
-    own = [placed(arrays[name][0, 0], partitioning, "batch", "sequence") for name in ("inputs", "targets", "segment_ids")]
+    names = ("inputs", "targets", "segment_ids")
+    own = [placed(arrays[name][0, 0], partitioning, "batch", "sequence") for name in names]
     scores, overflowed = make_scorer(MODEL, GRPO, partitioning)(state.params, state.others, *own)
     prompts = [np.arange(3, 6 + place % 2) for place in range(16)]
     sampling = Sampling(max_tokens=4, temperature=0.0, top_p=1.0, batch_size=8, width=4)

@@ -29,8 +29,8 @@ That is all.'''
         ("<llm-code>\nx = 0\nfor i in range(1, 5):\n    if i % 2 == 0:\n        continue\n    x += i\nx", "4"),
         ("def f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)", None),  # no simple_math_problem
         ("def simple_math_problem():\n    import math\n    return math.ceil(sum([1, 2.2]) / max(1, 2))", "2"),
-        ("def simple_math_problem():\n    n = 0\n    while True:\n        n += 1\n        if n == 9:\n            break\n"
-         "    return n", "9"),
+        ("def simple_math_problem():\n    n = 0\n    while True:\n        n += 1\n        if n == 9:\n"
+         "            break\n    return n", "9"),
         ("def simple_math_problem():\n    return 1\ndef simple_math_problem():\n    return 2", "2"),
         ("def simple_math_problem():\n    return 'text'", None),
         ("def simple_math_problem():\n    return 1 / 0", None),
@@ -95,8 +95,11 @@ def test_a_hostile_program_is_refused(hostile):
         programs.run(hostile)
 
 
-@given(st.recursive(st.integers(-9, 9).map(str), lambda inner: st.builds(
-    "({}{}{})".format, inner, st.sampled_from(["+", "-", "*", "//", "%", "<", "=="]), inner), max_leaves=12))  # fmt: skip
+def operations(operand):
+    return st.builds("({}{}{})".format, operand, st.sampled_from(["+", "-", "*", "//", "%", "<", "=="]), operand)
+
+
+@given(st.recursive(st.integers(-9, 9).map(str), operations, max_leaves=12))
 def test_arithmetic_is_pythons(expression):
     try:
         expected = eval(expression)
