@@ -10,6 +10,7 @@ import ml_collections
 from jaxmoe.config import ConfigError
 
 STAGES = ("grpo", "pretrain")
+HALFWAY = {4: 310, 16: 380}  # steps of pre-training after which a member of so many experts is halfway
 
 
 def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
@@ -20,7 +21,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     config.study = {
         "name": "grpo_micro" if stage == "grpo" else "grpo_micro_start",
         "title": "GRPO on chained arithmetic" if stage == "grpo" else "What GRPO on chained arithmetic starts from",
-        "held_fixed": {"active_parameters": 0.10, "tokens": 0.0},
+        "held_fixed": {"active_parameters": 0.10},
         "varies": ("total_parameters",),
     }
     config.seeds = (0,)
@@ -50,7 +51,6 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     config.evaluation = {"points": 5, "examples": 1024}
     if stage == "pretrain":
         config.train = {
-            "steps": 300,
             "batch_size": 128,
             "sequence_length": 16,
             "learning_rate": 6e-3,
@@ -80,5 +80,9 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
             "reward": "exact",  # the whole solution, every step of it
             "rollout_batch_size": 640,
         }
-    config.members = {f"E{num_experts}": {"model": {"moe": {"num_experts": num_experts}}} for num_experts in (4, 16)}
+    config.members = {}
+    for num_experts, steps in HALFWAY.items():
+        config.members[f"E{num_experts}"] = {"model": {"moe": {"num_experts": num_experts}}}
+        if stage == "pretrain":
+            config.members[f"E{num_experts}"]["train"] = {"steps": steps}
     return config
