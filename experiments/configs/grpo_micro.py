@@ -10,7 +10,7 @@ import ml_collections
 from jaxmoe.config import ConfigError
 
 STAGES = ("grpo", "pretrain")
-HALFWAY = {4: 310, 16: 380}  # steps of pre-training after which a member of so many experts is halfway
+HALFWAY = {4: 300, 16: 380}  # steps of pre-training after which a member of so many experts is halfway
 
 
 def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:

@@ -90,7 +90,7 @@ def train(
         is known to fit.
       strict_restore: a damaged checkpoint is an error, instead of being set aside for the one before it.
       stop: asks the run to stop; None: SIGTERM and SIGINT do, while this call lasts.
-      method: what its steps are; `jaxmoe.post_training.grpo` for a run with the section `grpo`.
+      method: what its steps are; `jaxmoe.post_training.GRPO` for a run with the section `grpo`.
 
     Raises:
       ConfigError: the configuration cannot be run, or not in this directory, or not with the data as they are now;

@@ -61,6 +61,8 @@ class PreTraining:
 
     def __init__(self, run: RunConfig, mixture: Mixture, partitioning: Partitioning | None, stop: StopRequest):
         del stop  # a step is short
+        if run.grpo is not None:
+            raise ValueError(f"{run.name} has a section grpo; give train method=jaxmoe.post_training.GRPO.")
         self._run, self._mixture, self._partitioning = run, mixture, partitioning
         self.flops_per_token = flops_per_token(run.model, run.train.sequence_length).training
         self.tokens_per_step = run.tokens_per_step

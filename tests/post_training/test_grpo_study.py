@@ -1,4 +1,4 @@
-"""GRPO members of a study: where they start from, their records, their report, and what is known before the first step."""
+"""GRPO members of a study: where they start from, their records, their report, and what is refused beforehand."""
 
 import json
 

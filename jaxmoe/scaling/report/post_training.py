@@ -67,9 +67,10 @@ def reward_figure(tables: StudyTables, comparison: Comparison, name: str) -> Rep
     return ReportFigure(
         name=name,
         title="Before and after GRPO",
-        caption=f"Against {x_label(part.x)}: the model that GRPO started from, and the same after its last rollout step, on "
-        "problems that it was not trained on; greedy reward is the mean reward of greedy responses. Last panel: mean reward of the sampled responses of each rollout step, "
-        f"running mean over 5 % of the steps. {seeds_caption(comparison)} {status_caption(tables, part)}".strip(),
+        caption=f"Against {x_label(part.x)}: the model that GRPO started from, and the same after its last rollout "
+        "step, on problems that it was not trained on; greedy reward is the mean reward of greedy responses. Last "
+        "panel: mean reward of the sampled responses of each rollout step, running mean over 5 % of the steps. "
+        f"{seeds_caption(comparison)} {status_caption(tables, part)}".strip(),
         alt=f"Before and after GRPO. {'; '.join(described)}.",
         data=rows[list(dict.fromkeys(columns))],
         draw=draw,
