@@ -10,9 +10,9 @@ where the first went: --config.start_from='FOLDER/{member}'.
 
 Measured, one seed: new problems solved by greedy decoding before and after 100 rollout steps, 0.37 and 0.86 with 4
 experts, 0.53 and 0.82 with 16; mean reward of the sampled solutions in the first and the last step, 0.16 and 0.84, 0.20
-and 0.77. How far a member gets depends on where it starts: from 300 steps of pre-training, where it solved 0.22, the one
-with 16 experts solved 0.23 after GRPO. The two commands took 2 min 18 s of processor time, 2 to 5 minutes on 2 cores
-that others used, too.
+and 0.77. How far a member gets depends on where it starts: from 300 steps of pre-training, where it solved 0.22, the
+one with 16 experts solved 0.23 after GRPO. The two commands took 2 min 18 s of processor time, 2 to 5 minutes on 2
+cores that others used, too.
 """
 
 import ml_collections
