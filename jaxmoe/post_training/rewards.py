@@ -7,7 +7,6 @@ what math-verify reads in the whole response, compared with the true answer by m
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,8 +71,7 @@ class Rewards:
         return self
 
     def __exit__(self, *exception) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
+        self.close()
 
 
 def _true_answer(example: Example) -> str:

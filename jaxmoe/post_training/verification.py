@@ -100,7 +100,7 @@ class _Worker:
             self.end()
             return False
         answer = self._line(_ANSWER_SECONDS)
-        if answer is None:
+        if answer not in (b"0\n", b"1\n"):  # it hangs, or it ended
             self.end()
         return answer == b"1\n"
 

@@ -45,7 +45,9 @@ QUANTITIES: dict[str, Callable[[RunConfig], Number]] = {
     "non_embedding_active_parameters": lambda config: _parameters(config).non_embedding_active,
     "flops_per_token": flops_per_token,
     "matmul_flops_per_token": matmul_flops_per_token,
-    "training_flops": lambda config: matmul_flops_per_token(config) * config.tokens,
+    "training_flops": lambda config: (  # under GRPO of every response's row
+        accounting.training_flops(config.model, config.train) * (config.tokens // config.train.tokens)
+    ),
     "approximate_training_flops": lambda config: accounting.approximate_training_flops(
         config.model, config.tokens
     ),

@@ -55,13 +55,15 @@ def test_answers_are_compared_as_mathematics_and_programs_are_evaluated(program_
 
 
 def test_a_worker_that_hangs_or_dies_costs_its_answer_alone(program_rewards, monkeypatch):
-    verifier = verification.MathVerifier(workers=1)
-    assert verifier.equal([("72", "72")]) == [True]
-    verifier._workers[0]._process.kill()
-    assert verifier.equal([("72", "72")]) == [False]
-    monkeypatch.setattr(verification, "_ANSWER_SECONDS", 0.5)
-    assert verifier.equal([("72", "$9^{9^{9^{9^{9}}}}$"), ("72", "72")]) == [False, True]
-    verifier.close()
+    with verification.MathVerifier(workers=1) as verifier:
+        assert verifier.equal([("72", "72")]) == [True]
+        verifier._workers[0]._process.kill()
+        assert verifier.equal([("72", "72"), ("72", "72")]) == [False, True]
+        with monkeypatch.context() as impatient:
+            impatient.setattr(verification, "_ANSWER_SECONDS", 0.0)
+            assert verifier.equal([("72", "$9^{9^{9^{9^{9}}}}$")]) == [False]
+        assert verifier._workers[0]._process is None
+        assert verifier.equal([("72", "72")]) == [True]
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
