@@ -113,6 +113,12 @@ def of_first(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def numbers_of_first(compute: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 numbers that the first process computes, and the others get from it; to be called by all."""
+    numbers = np.asarray(compute(), np.float32) if is_first() else np.zeros(shape, np.float32)
+    return numbers if alone() else np.asarray(multihost_utils.broadcast_one_to_all(numbers))
+
+
 def highest(number: int) -> Int[Array, ""]:
     """The highest of the numbers that the processes give, on its way while they go on; to be called by all."""
     sharding, most = _highest_of_all()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.accounting import flops_per_token
-from jaxmoe.config import MeshConfig, MoEConfig, RunConfig
+from jaxmoe.config import ConfigError, MeshConfig, MoEConfig, RunConfig
 from jaxmoe.config.mesh import check_mesh
 from jaxmoe.layers.expert_parallel import expert_axes
 from jaxmoe.models import init_cache
@@ -156,6 +156,11 @@ def check_fit(
     started = time.perf_counter()
     config = run.mesh.resolved(len(topology.devices))
     if what == "train":
+        if run.grpo is not None:
+            raise ConfigError(
+                f"{run.name}: the step of GRPO is not compiled here; check the run that it starts from, and "
+                "--what=decode for its rollouts."
+            )
         check_mesh(config, run.model, run.train)
     partitioning = Partitioning(build_mesh(config, topology.devices))
     tokens = run.train.batch_size * run.train.sequence_length if what == "train" else rows or len(topology.devices)

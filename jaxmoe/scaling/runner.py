@@ -22,8 +22,9 @@ from typing import Literal
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
-from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers
+from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, reward_records
 from jaxmoe.exclusive import HeldElsewhereError
+from jaxmoe.post_training import GRPO, validation_rewards
 from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.scaling.alike import require_started_alike
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
@@ -40,6 +41,7 @@ from jaxmoe.training import (
     LossSpikeError,
     NonFiniteLossError,
     NoSpaceLeftError,
+    PreTraining,
     ProgressReporter,
     StopRequest,
     TrainingError,
@@ -232,13 +234,16 @@ def run_member(
 
     def evaluate(context: EvaluationContext) -> dict[str, float | None]:
         records = evaluate_all(context, labels)
+        if context.run.grpo is not None:
+            records += reward_records(context, validation_rewards(context), labels)
         if is_first():
             pending.add(records)
         return named_numbers(records)
 
+    method = PreTraining if member.config.grpo is None else GRPO
     result = train(
         member.config, directory, on_evaluate=evaluate, before_checkpoint=pending.write, progress=progress,
-        cache_dir=cache_dir, resume=resume, strict_restore=strict_restore, stop=stop,
+        cache_dir=cache_dir, resume=resume, strict_restore=strict_restore, stop=stop, method=method,
     )  # fmt: skip
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
