@@ -47,7 +47,7 @@ class Tiling:
       tile: a NamedTuple of integers.
       rule: from `itemsize`, `chip` and the sizes, as keywords, to a tile; None where the operation has to run without
         this kernel.
-      fitted: from a tile, `itemsize` and the sizes to the tile cut to the arrays; raises `Misfit`.
+      fitted: from a tile, `itemsize`, `chip` and the sizes to the tile cut to the arrays; raises `Misfit`.
     """
 
     operation: str
@@ -60,13 +60,13 @@ class Tiling:
         itemsize = jnp.dtype(dtype).itemsize
         tried = _tried.get().get(self.operation)
         if tried is not None:
-            return self.fitted(self.tile(**tried), itemsize=itemsize, **sizes)
+            return self.fitted(self.tile(**tried), itemsize=itemsize, chip=chip, **sizes)
         for path in _tables():
             entry = _entries(path).get(_key(self.operation, chip, dtype, sizes))
             if entry is None:
                 continue
             try:
-                return self.fitted(self.tile(**entry), itemsize=itemsize, **sizes)
+                return self.fitted(self.tile(**entry), itemsize=itemsize, chip=chip, **sizes)
             except (Misfit, TypeError) as error:
                 _log_once(f"{path}: the tile {dict(entry)} of {self.operation} on {chip} is passed over: {error}")
         return self.rule(itemsize=itemsize, chip=chip, **sizes)
@@ -83,7 +83,7 @@ class Tiling:
                 continue
             scaled = self.tile(*(int(number * factor) or 1 for number, factor in zip(first, factors, strict=True)))
             with contextlib.suppress(Misfit):
-                scaled = self.fitted(scaled, itemsize=itemsize, **sizes)
+                scaled = self.fitted(scaled, itemsize=itemsize, chip=chip, **sizes)
                 if scaled not in found:
                     found.append(scaled)
         return [tile._asdict() for tile in found]

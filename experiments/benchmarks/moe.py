@@ -47,6 +47,7 @@ TARGETS = {4096: {8: 1.5, 32: 2.0, 128: 3.0, 256: 4.5}, 16384: {8: 1.5, 32: 1.8,
 """Aims for ratio_to_dense by N and E, of the backend of the CPU under balanced routing at D=256, F=512."""
 
 PEAK_TERAFLOPS = {
+    "TPU v4": 275,
     "TPU v5 lite": 197,
     "TPU v5e": 197,
     "TPU v5": 459,
@@ -56,6 +57,7 @@ PEAK_TERAFLOPS = {
     "TPU7x": 2307 / 2,  # a chip is two devices
     "NVIDIA H100 80GB HBM3": 989,
     "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
     "NVIDIA A100-SXM4-40GB": 312,
     "NVIDIA A100-SXM4-80GB": 312,
     "NVIDIA A100-PCIE-40GB": 312,

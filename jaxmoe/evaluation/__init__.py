@@ -1,7 +1,7 @@
 """Evaluation: task loss, accuracy, validation loss, and the records that hold them."""
 
 from jaxmoe.evaluation.checkpoint import checkpoint_context
-from jaxmoe.evaluation.evaluate import evaluate_all
+from jaxmoe.evaluation.evaluate import evaluate_all, reward_records
 from jaxmoe.evaluation.generation import GenerationScore, generation_accuracy, greedy_answers
 from jaxmoe.evaluation.multiple_choice import MultipleChoiceScore, Question, hellaswag_question, score_questions
 from jaxmoe.evaluation.records import (
@@ -31,6 +31,7 @@ __all__ = [
     "hellaswag_question",
     "make_record",
     "named_numbers",
+    "reward_records",
     "score_each",
     "score_examples",
     "score_questions",

@@ -1,6 +1,7 @@
 """Running a study: what is written, resumed, skipped, refused; nothing that was done is lost."""
 
 import copy
+import errno
 import json
 import math
 import os
@@ -11,7 +12,17 @@ import pytest
 
 from jaxmoe.config import ConfigError, config_hash
 from jaxmoe.exclusive import exclusive
-from jaxmoe.scaling import Study, StudyResult, preflight, read_records, results_table, run_member, run_study, runner
+from jaxmoe.scaling import (
+    Study,
+    StudyResult,
+    pending_records,
+    preflight,
+    read_records,
+    results_table,
+    run_member,
+    run_study,
+    runner,
+)
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
 from jaxmoe.training.checkpoints import _checksum as checksum
 
@@ -344,6 +355,45 @@ def test_a_full_disk_stops_the_study(tmp_path, monkeypatch):
     result = run_study(study_of(), tmp_path)
     assert [member.status for member in result.members] == ["failed", "pending"]
     assert result.status == "failed"
+
+
+@pytest.fixture
+def full_for_records(monkeypatch):
+    """Has so many attempts to write records fail as on a full disk; how many are left."""
+    left = [0]
+    write = pending_records.write_records
+
+    def write_records(*arguments):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments)
+
+    monkeypatch.setattr(pending_records, "write_records", write_records)
+    return left
+
+
+def test_records_that_a_full_disk_has_no_room_for_come_when_there_is_some(finished, full_for_records, tmp_path, caplog):
+    """Those of step 4, and with them the first attempt at its checkpoint, have to wait."""
+    full_for_records[0] = 2
+    assert run_study(study_of(), tmp_path).status == "done"
+    assert full_for_records == [0]
+    assert "records cannot be written to" in caplog.text
+    assert contents(tmp_path) == contents(finished[0])
+
+
+def test_records_for_which_there_is_never_room_stop_the_run_and_are_made_again(finished, full_for_records, tmp_path):
+    study = study_of(train__max_missed_saves=1, train__storage_patience_seconds=0.5)
+    full_for_records[0] = 10**6
+    result = run_study(study, tmp_path, only="first").members[0]
+    assert (result.status, result.fatal) == ("failed", True)
+    assert "no space left at" in result.error
+    assert "last good checkpoint: step 2; free space and run again" in result.error
+    full_for_records[0] = 0
+    assert run_study(study, tmp_path).status == "done"
+    assert contents(tmp_path).keys() == contents(finished[0]).keys()
+    log = "first/metrics.jsonl"
+    assert contents(tmp_path)[log] == contents(finished[0])[log]
 
 
 def test_running_slices_one_after_the_other_adds_to_the_study(copied):
