@@ -18,6 +18,7 @@ from jaxtyping import Float
 from jaxmoe.accounting import flops_per_token
 from jaxmoe.config import ConfigError, RunConfig
 from jaxmoe.data import Mixture
+from jaxmoe.liveness import beat
 from jaxmoe.post_training.advantages import equal_groups, group_advantages
 from jaxmoe.post_training.loss import Rows
 from jaxmoe.post_training.prompts import Prompt, Prompts
@@ -29,7 +30,6 @@ from jaxmoe.sharding import Partitioning, placed
 from jaxmoe.training import StepStoppedError, StopRequest, TrainState, read_start
 from jaxmoe.training.errors import BufferOverflowError
 from jaxmoe.training.state import model_graph
-from jaxmoe.training.watchdog import beat
 
 _Arrays = dict[str, np.ndarray]
 

@@ -16,9 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from jaxmoe.data import Tokenizer
+from jaxmoe.liveness import beat
 from jaxmoe.models import generate
 from jaxmoe.sharding import Partitioning, placed, use_partitioning
-from jaxmoe.training.watchdog import beat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from etils import epath
 
 from jaxmoe import accounting
 from jaxmoe.accounting import readable_bytes
-from jaxmoe.config import ConfigError, config_hash, to_dict
+from jaxmoe.config import ConfigError, ModelConfig, config_hash, to_dict
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
 from jaxmoe.post_training import check_grpo_data
 from jaxmoe.scaling.status import is_done
@@ -28,6 +28,7 @@ from jaxmoe.training import (
     check_start,
     check_unused,
 )
+from pallas_kernels import native
 
 Resume = Literal["auto", "force"]
 
@@ -64,6 +65,7 @@ def preflight(
     for member in waiting:
         with _naming(member):
             partitioning_of_run(member.config)
+            _check_backend(member.config.model)
             if member.config.start_from is not None:
                 _check_start(member, workdir / member.name)
         check_unused(workdir / member.name, wait=True)
@@ -99,6 +101,20 @@ def check_data(members: Sequence[Member], cache_dir: str | os.PathLike | None = 
                 mixture = Mixture.of_run(config, tokenizer=tokenizers[spec], cache_dir=cache_dir)
                 if config.grpo is not None:
                     check_grpo_data(config, mixture)
+
+
+def _check_backend(model: ModelConfig) -> None:
+    """A backend that was named must be able to run here, in the dtype of the model."""
+    if model.num_moe_layers and model.moe.backend == "cpu_native":
+        if model.compute_dtype != "float32":
+            raise ConfigError(
+                f"model.moe.backend='cpu_native' is float32 alone, but model.compute_dtype={model.compute_dtype!r}; "
+                "choose 'cpu' or 'auto'."
+            )
+        try:
+            native.load()
+        except ValueError as error:
+            raise ConfigError(f"model.moe.{error}") from error
 
 
 def _check_start(member: Member, directory: epath.Path) -> None:

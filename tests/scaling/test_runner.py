@@ -25,6 +25,7 @@ from jaxmoe.scaling import (
 )
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
 from jaxmoe.training.checkpoints import _checksum as checksum
+from pallas_kernels import native
 
 CONFIG = {
     "study": {"name": "tiny", "title": "Tiny", "held_fixed": {"tokens": 0.0}},
@@ -436,6 +437,16 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ConfigError, match=r"no space left for the checkpoints of 2 members: .* KB are needed"):
         run_study(study_of(), tmp_path)
+
+
+def test_a_compiled_backend_that_was_not_built_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("PALLAS_KERNELS_NATIVE", str(tmp_path / "nothing"))
+    native.load.cache_clear()
+    with pytest.raises(ConfigError, match="member 'first': model.moe.backend='cpu_native' .*build_native"):
+        run_study(study_of(model__moe__backend="cpu_native"), tmp_path / "study")
+    with pytest.raises(ConfigError, match="float32 alone, but model.compute_dtype='bfloat16'"):
+        run_study(study_of(model__moe__backend="cpu_native", model__compute_dtype="bfloat16"), tmp_path / "study")
+    assert not (tmp_path / "study" / "first").exists()
 
 
 def test_checkpoints_that_are_there_need_no_space_again(copied, monkeypatch):
