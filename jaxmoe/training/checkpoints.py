@@ -22,6 +22,7 @@ from jaxmoe.config import TrainConfig
 from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.storage import is_remote, read_json
 from jaxmoe.storage_faults import first_line, is_no_space
+from jaxmoe.training.allocator import give_back_freed_memory
 from jaxmoe.training.damage import DamageError, agreed_steps, finding, in_agreement
 from jaxmoe.training.errors import CheckpointError, no_space_left
 from jaxmoe.training.named_arrays import fingerprints, flat, named_arrays, nested, on_host, rebuilt
@@ -312,7 +313,7 @@ class Checkpoints:
     def _read(self, step: int, like: Any, partial: bool, cast: bool) -> Restored:
         args = self._ocp.args
         wanted = named_arrays(like)
-        with in_agreement(), self._reader(_limit(wanted)) as reader:
+        with in_agreement(), give_back_freed_memory(), self._reader(_limit(wanted)) as reader:
             about = reader.restore(step, args=args.Composite(metadata=args.JsonRestore()))["metadata"]
             _check_about(self.directory, step, about)
             self._check_structure(step, about["arrays"], wanted, partial, cast)
@@ -434,13 +435,16 @@ def _described(arrays: Mapping[str, jax.Array], marks: np.ndarray) -> dict[str, 
 
 
 def _limit(arrays: Mapping[str, Any]) -> int:
-    """Bytes that may be under way between storage and devices: a tenth of this host's share, or the largest shard."""
+    """Bytes that may be under way between storage and devices, or the largest shard.
+
+    A read holds up to three buffers of that size: chunks, what they are decoded into, and a copy for the device.
+    """
     sizes = [
         int(np.prod(array.sharding.shard_shape(array.shape), dtype=np.int64)) * array.dtype.itemsize
         * len(array.sharding.addressable_devices)
         for array in arrays.values()
     ]  # fmt: skip
-    return max(sum(sizes) // 10, max(sizes, default=0) + 1, _SMALLEST_LIMIT)
+    return max(sum(sizes) // 24, max(sizes, default=0) + 1, _SMALLEST_LIMIT)
 
 
 def _both_float(*names: str) -> bool:
