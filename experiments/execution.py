@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-import traceback
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import ml_collections
 
 from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError
-from jaxmoe.exit_status import RESUMABLE
+from jaxmoe.exit_status import FAILED, RESUMABLE
 
 if TYPE_CHECKING:
     from jaxmoe.scaling.study import Study
@@ -58,17 +54,24 @@ def run_to_status(
       member: train this one alone.
       resume, strict_restore, command, progress: as for `jaxmoe.scaling.run_study`.
     """
+    from jaxmoe.ending import ending_together
+    from jaxmoe.exclusive import HeldElsewhereError
     from jaxmoe.processes import is_first
     from jaxmoe.scaling.runner import run_study
-    from jaxmoe.training import StopRequest, reuse_freed_memory
+    from jaxmoe.training import StopRequest, TrainingError, reuse_freed_memory
 
     log_to_terminal()
-    with _ending_together(), reuse_freed_memory(), StopRequest(second="exit") as stop:  # before JAX starts its threads
-        outcome = run_study(
-            study, workdir, only=member, resume=resume, strict_restore=strict_restore, progress=progress,
-            command=command, stop=stop,
-        )  # fmt: skip
-    failed = 2 if outcome.mistaken else 1
+    # Before JAX starts its threads.
+    with ending_together(TrainingError), reuse_freed_memory(), StopRequest(second="exit") as stop:
+        try:
+            outcome = run_study(
+                study, workdir, only=member, resume=resume, strict_restore=strict_restore, progress=progress,
+                command=command, stop=stop,
+            )  # fmt: skip
+        except HeldElsewhereError as error:
+            print(f"not now: {error}", file=sys.stderr)
+            return RESUMABLE
+    failed = 2 if outcome.mistaken else FAILED
     if not is_first():
         return {"resumable": RESUMABLE, "failed": failed, "done": 0}[outcome.status]
     if outcome.status == "resumable":
@@ -80,26 +83,6 @@ def run_to_status(
         return failed
     print(f"done: {workdir}. Next: python -m experiments.report --workdir={workdir}")
     return 0
-
-
-@contextlib.contextmanager
-def _ending_together() -> Iterator[None]:
-    """Of several processes one that fails ends at once: the others wait for it, and JAX's runtime then ends them."""
-    from jaxmoe.processes import alone
-    from jaxmoe.training import TrainingError
-
-    try:
-        yield
-    except ConfigError:  # of all of them
-        raise
-    except Exception as error:
-        if alone():
-            raise
-        if isinstance(error, TrainingError):
-            print(f"failed: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exc()
-        os._exit(1)
 
 
 def _refuse_overrides_without_effect(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> None:

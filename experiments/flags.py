@@ -22,7 +22,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxmoe.config import SOURCE_KINDS, ConfigError, DataConfig, RunConfig, nearest
+from jaxmoe.config import SOURCE_KINDS, ConfigError, DataConfig, GRPOConfig, RunConfig, nearest
 
 _PACKAGED = pathlib.Path(__file__).parent / "configs"
 
@@ -72,6 +72,10 @@ def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
         if section not in completed:
             completed[section] = ml_collections.ConfigDict()
         _fill(completed[section], hints[section])
+    if "grpo" in completed:
+        _fill(completed.grpo, GRPOConfig)
+    if completed.get("start_from") is None:
+        completed.start_from = ml_collections.config_dict.placeholder(str)
     completed.lock()
     return completed
 

@@ -10,8 +10,9 @@ Run it again and it goes on where it stopped; what is done is skipped. `--dry_ru
 On TPU slices, under Slurm and on GKE the processes find each other; elsewhere each is started with
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 
-Exit status: 0 done, 2 a mistake in the configuration, 75 preempted and resumable (by SIGTERM or SIGINT, or by the
-watchdog because nothing moved), 1 anything else.
+Exit status: 0 done, 2 a mistake in the configuration, 75 preempted and resumable (by SIGTERM or SIGINT, by the
+watchdog because nothing moved, or because another process of the run is lost, for which JAX's runtime may also end it
+by SIGABRT), 1 anything else.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ _MESH = flags.DEFINE_string("mesh", None, "Preset and sizes of the mesh, such as
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several train together.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_LOST_AFTER = flags.DEFINE_integer(
+    "lost_after_seconds", None, "Of several processes, one silent for so long is lost, and the others end (100).",
+    lower_bound=5,
+)  # fmt: skip
 
 
 def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
@@ -65,9 +70,10 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     if _JSON.value:
         raise ConfigError("--json goes with --dry_run.")
 
-    from jaxmoe.processes import connect
+    from jaxmoe.processes import LOST_AFTER_SECONDS, connect
 
-    connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    lost_after = _LOST_AFTER.value or LOST_AFTER_SECONDS
+    connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, lost_after_seconds=lost_after)
     workdir = _WORKDIR.value or f"runs/{study.name}"
     command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
     return run_to_status(

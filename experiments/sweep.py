@@ -101,6 +101,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...], action:
     launcher = {"local": _Local, "slurm": _Slurm, "gke": _Gke}[_LAUNCHER.value](study, workdir, logs)
     if action == "cancel":
         return launcher.cancel()
+    launcher.prepare()
     states = {member.name: member.state for member in _statuses(study, workdir)}
     jobs = [_job(member, workdir) for member in study.members if states[member.name] != "done"]
     if action == "dry-run":
@@ -120,19 +121,30 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...], action:
 
 
 class _Local:
-    def __init__(self, study: Study, workdir: str, logs: pathlib.Path):
-        from experiments.launchers.pinning import shares
+    """Jobs on this machine; `launch` returns when they have ended.
 
+    Every launcher is made of a study, its workdir and the folder for logs. `cancel` needs no more; `prepare` comes
+    before `describe` and `launch`.
+    """
+
+    def __init__(self, study: Study, workdir: str, logs: pathlib.Path):
         self._members = [member.name for member in study.members]
         self._workdir, self._logs = workdir, logs
+
+    def prepare(self) -> None:
+        """Divides this machine among the jobs at a time."""
+        from experiments.launchers.pinning import shares
+
         self._shares = shares(_PARALLEL.value or 1, _DEVICES.value)
 
     def describe(self, jobs: Sequence[Job]) -> None:
+        """Prints which share of this machine each of the jobs at a time would have."""
         del jobs
         for number, share in enumerate(self._shares, 1):
             print(f"job {number} of {len(self._shares)} at a time: {share}")
 
     def launch(self, jobs: Sequence[Job]) -> int:
+        """Runs the jobs to their ends; returns the exit status."""
         from experiments.launchers.local import LocalLauncher
 
         outcomes = LocalLauncher(self._logs, self._shares, _RETRIES.value, _note).launch(jobs)
@@ -148,6 +160,7 @@ class _Local:
         return 0
 
     def cancel(self) -> int:
+        """Stops what is at work so that it can go on, and waits for it; returns the exit status."""
         from experiments.launchers.local import cancel
 
         stopped = cancel(self._logs, self._members)
@@ -156,6 +169,8 @@ class _Local:
 
 
 class _Slurm:
+    """Jobs of a Slurm cluster; `launch` returns when they are queued."""
+
     def __init__(self, study: Study, workdir: str, logs: pathlib.Path):
         from experiments.launchers.slurm import SlurmLauncher, SlurmOptions
 
@@ -167,55 +182,72 @@ class _Slurm:
         )
         self._launcher = SlurmLauncher(logs, self._options, _RETRIES.value, f"jaxmoe-{study.name}")
 
+    def prepare(self) -> None:
+        """Nothing: Slurm itself says at launch what it refuses."""
+
     def describe(self, jobs: Sequence[Job]) -> None:
+        """Prints what every job would ask of Slurm."""
         del jobs
         for name, value in self._options.parameters("", _PARALLEL.value).items():
             if value and name != "name":
                 print(f"{name}: {value}")
 
     def launch(self, jobs: Sequence[Job]) -> int:
+        """Queues the jobs; returns the exit status."""
         self._launcher.launch(jobs, _PARALLEL.value, _note)
         return 0
 
     def cancel(self) -> int:
+        """Has Slurm stop what is queued or running; returns the exit status."""
         stopped = self._launcher.cancel(self._members)
         print("\n".join(f"{name}: cancelled" for name in stopped) or "nothing is queued or running")
         return 0
 
 
 class _Gke:
+    """Manifests for GKE, which kubectl is given with --gke.apply."""
+
     def __init__(self, study: Study, workdir: str, logs: pathlib.Path):
+        self._study, self._workdir, self._logs = study, workdir, logs
+
+    def prepare(self) -> None:
+        """Checks what the manifests are made of."""
         from experiments.launchers.gke import GkeLauncher, GkeOptions
         from experiments.launchers.tpu import known, parse_topology
 
-        if not is_remote(workdir):
-            raise ConfigError(f"--workdir={workdir}: pods share no disk with this machine; give a gs:// folder.")
+        if not is_remote(self._workdir):
+            raise ConfigError(f"--workdir={self._workdir}: pods share no disk with this machine; give a gs:// folder.")
         if _TOPOLOGY.value is None:
             raise ConfigError(f"--topology is missing. Known: {known()}.")
         if not _GKE_IMAGE.value:
             raise ConfigError("--gke.image is missing; give a container image with jaxmoe and the experiment file.")
-        self._members = [member.name for member in study.members]
         options = GkeOptions(
             slice=parse_topology(_TOPOLOGY.value),
             image=_GKE_IMAGE.value,
             **{name: flag.value for name, flag in _GKE.items() if flag.value is not None},
         )
-        self._launcher = GkeLauncher(logs / "gke", study.name, options, _RETRIES.value)
+        self._launcher = GkeLauncher(self._logs / "gke", self._study.name, options, _RETRIES.value)
 
     def describe(self, jobs: Sequence[Job]) -> None:
+        """Prints every file that `launch` would write."""
         for name, contents in self._files(jobs).items():
             print(f"\n# {name}\n{contents}", end="")
 
     def launch(self, jobs: Sequence[Job]) -> int:
+        """Writes the manifests, and applies them if asked; returns the exit status."""
         self._launcher.launch(self._files(jobs), _GKE_APPLY.value, print)
         return 0
 
     def cancel(self) -> int:
-        self._launcher.cancel(_GKE_APPLY.value, print)
+        """Deletes the study's JobSets, or says how; needs neither a topology nor an image."""
+        from experiments.launchers.gke import GkeOptions, cancel
+
+        cancel(self._study.name, _GKE["namespace"].value or GkeOptions.namespace, _GKE_APPLY.value, print)
         return 0
 
     def _files(self, jobs: Sequence[Job]) -> dict[str, str]:
-        return self._launcher.render(jobs, self._members, _PARALLEL.value or len(self._members))
+        members = [member.name for member in self._study.members]
+        return self._launcher.render(jobs, members, _PARALLEL.value or len(members))
 
 
 def _statuses(study: Study, workdir: str) -> list[MemberStatus]:

@@ -24,14 +24,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxmoe.config import ConfigError
+from jaxmoe.exclusive import HeldElsewhereError
 
 logger = logging.getLogger(__name__)
 
+LOST_AFTER_SECONDS = 100
+"""A process of which JAX's coordination service hears nothing for so long is lost, and the others end."""
+
 _MESSAGE_BYTES = 4096
+_LATER = "\x01"
+"""Before a message of what may pass: that another host holds a folder."""
 
 
 def connect(
-    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    lost_after_seconds: int = LOST_AFTER_SECONDS,
 ) -> None:
     """Connects this process with the others that were launched with it; alone, it stays alone.
 
@@ -44,6 +54,8 @@ def connect(
       coordinator_address: `host:port` of the first process.
       num_processes: how many there are.
       process_id: of this one, from 0.
+      lost_after_seconds: a process of which nothing is heard for so long, whatever it computes, counts as lost: JAX's
+        runtime then ends the others by SIGABRT. The same in all of them.
 
     Raises:
       ConfigError: some of the three are given and others are not, or they do not fit.
@@ -55,25 +67,26 @@ def connect(
         "process_id": _whole_number(process_id, "JAX_PROCESS_ID"),
     }
     slurm, hosts = _slurm_tasks(environment), _tpu_hosts(environment)
+    initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=lost_after_seconds)
     if None not in given.values():
         if not 0 <= given["process_id"] < given["num_processes"]:
             raise ConfigError(
                 f"process_id={given['process_id']} of num_processes={given['num_processes']}; choose 0.."
                 f"{given['num_processes'] - 1}."
             )
-        jax.distributed.initialize(**given, cluster_detection_method="deactivate")
+        initialize(**given, cluster_detection_method="deactivate")
     elif slurm > 1:
         # JAX gives every task of Slurm one device; a task that has its node for itself has all of them.
         devices = [] if _slurm_tasks_on_this_node(environment) == 1 else None
-        jax.distributed.initialize(given["coordinator_address"], local_device_ids=devices)
+        initialize(given["coordinator_address"], local_device_ids=devices)
     elif given != dict.fromkeys(given) and slurm != 1:
         missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
         raise ConfigError(f"{missing} must be given, too: a process has to know where the first is and which it is.")
     elif hosts > 1:
-        jax.distributed.initialize()
+        initialize()
     elif hosts == 0 and _is_tpu_vm(environment):
         try:
-            jax.distributed.initialize()
+            initialize()
         except ValueError as error:  # no coordinator: not part of a slice of several hosts
             logger.info("this TPU VM is taken to be alone: %s", error)
     if jax.distributed.is_initialized():
@@ -98,6 +111,12 @@ def of_first(value: bool) -> bool:
     if alone():
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def numbers_of_first(compute: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 numbers that the first process computes, and the others get from it; to be called by all."""
+    numbers = np.asarray(compute(), np.float32) if is_first() else np.zeros(shape, np.float32)
+    return numbers if alone() else np.asarray(multihost_utils.broadcast_one_to_all(numbers))
 
 
 def highest(number: int) -> Int[Array, ""]:
@@ -129,9 +148,33 @@ def told_by_all(key: str, said: str) -> list[str]:
     ]
 
 
+def say_for_all(key: str, said: str) -> None:
+    """Says something that any process may look up with `said_for_all`; of what several say, one thing stays."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first process is gone, and nobody listens
+        distributed.global_state.client.key_value_set(f"jaxmoe/{key}", said, allow_overwrite=True)
+
+
+def said_for_all(key: str) -> str | None:
+    """What a process said with `say_for_all`; None if none did, or if the first process does not answer."""
+    try:
+        return distributed.global_state.client.key_value_try_get(f"jaxmoe/{key}")
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def counted(key: str, more: int) -> int | None:
+    """Adds to a count that all processes share; what it is then, or None if the first process does not answer."""
+    try:
+        return distributed.global_state.client.key_value_increment(f"jaxmoe/{key}", more)
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """What one process cannot do, none goes on from: an error inside is raised in every process, as a ConfigError.
+
+    HeldElsewhereError, which may pass, stays what it is.
 
     All processes have to come here, and leave only when all have.
     """
@@ -142,13 +185,16 @@ def together() -> Iterator[None]:
         error = caught
     if not alone():
         told = "" if error is None else f"{error}" or type(error).__name__
+        told = f"{_LATER}{told}" if isinstance(error, HeldElsewhereError) else told
         message = np.zeros(_MESSAGE_BYTES, np.uint8)
         encoded = np.frombuffer(told.encode()[:_MESSAGE_BYTES], np.uint8)
         message[: encoded.size] = encoded
         messages = multihost_utils.process_allgather(message)
         for process, other in enumerate(messages):
             if error is None and other.any():
-                raise ConfigError(f"process {process}: {bytes(other[other > 0]).decode(errors='replace')}")
+                text = bytes(other[other > 0]).decode(errors="replace")
+                kind = HeldElsewhereError if text.startswith(_LATER) else ConfigError
+                raise kind(f"process {process}: {text.removeprefix(_LATER)}")
     if error is not None:
         raise error
 

@@ -154,7 +154,7 @@ def partitioning_of_run(run: RunConfig, devices: Sequence[jax.Device] | None = N
       ConfigError: the run does not fit the mesh, or the mesh the devices; nothing is allocated.
     """
     devices = jax.devices() if devices is None else devices
-    check_mesh(run.mesh.resolved(len(devices)), run.model, run.train)
+    check_mesh(run.mesh.resolved(len(devices)), run.model, run.train, run.grpo)
     return make_partitioning(run.mesh, devices)
 
 

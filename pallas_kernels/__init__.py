@@ -8,7 +8,7 @@ must equal, values and gradients.
 Axis letters: T tokens, D width, F expert hidden width, E experts, K experts per token, N = T·K routed rows.
 """
 
-from pallas_kernels.backend import BACKENDS, resolved_backend
+from pallas_kernels.backend import BACKENDS, compiler_options, resolved_backend
 from pallas_kernels.combine.api import combine
 from pallas_kernels.dispatch.api import dispatch
 from pallas_kernels.execution import compiling_for, interpreted
@@ -20,6 +20,7 @@ __all__ = [
     "BACKENDS",
     "Plan",
     "combine",
+    "compiler_options",
     "compiling_for",
     "dispatch",
     "grouped_matmul",

@@ -7,9 +7,10 @@ import types
 
 from pallas_kernels import execution
 
-BACKENDS = ("reference", "cpu", "tpu", "gpu", "ragged_dot")
-"""`reference`: the definitions, dense over E; `cpu`: windows and blocks in XLA; `tpu`, `gpu`: Pallas kernels by
-Mosaic and Triton; `ragged_dot`: `jax.lax.ragged_dot`."""
+BACKENDS = ("reference", "cpu", "cpu_native", "tpu", "gpu", "ragged_dot")
+"""`reference`: the definitions, dense over E; `cpu`: windows and blocks in XLA; `cpu_native`: compiled kernels in
+float32, after `python -m pallas_kernels.build_native`; `tpu`, `gpu`: Pallas kernels by Mosaic and Triton;
+`ragged_dot`: `jax.lax.ragged_dot`."""
 
 _KERNEL_MODULES = {"tpu": "mosaic_tpu", "gpu": "triton_gpu"}
 
@@ -44,6 +45,20 @@ def _backend_of_platform(platform: str) -> str:
         platform,
     )
     return "ragged_dot"
+
+
+def compiler_options() -> dict[str, str]:
+    """What `jax.jit` of a program with these kernels needs as `compiler_options`, on the platform that is traced for.
+
+    TPU: a kernel asks for the VMEM that it uses, but where XLA (libtpu 0.0.42) writes its output straight into a larger
+    array, as into the stack of what a scan over layers keeps for its backward pass, it forgets that and refuses the
+    program by its own limit. So the program's limit is that of the kernels. Elsewhere: nothing.
+    """
+    if execution.platform() != "tpu":
+        return {}
+    from pallas_kernels import mosaic  # Pallas is slow to import
+
+    return {"xla_tpu_scoped_vmem_limit_kib": str(mosaic.vmem_limit(execution.target_of("tpu").chip) // 1024)}
 
 
 def kernels(operation: str, target: execution.Target) -> types.ModuleType:

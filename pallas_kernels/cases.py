@@ -65,6 +65,7 @@ class Case:
       active_flops: of the products with rows that there are.
       tiling: how its tile is chosen, if it has one.
       sizes: what `tiling` chooses by.
+      held_bytes: of what has to be there between arguments and results.
     """
 
     kernel: str
@@ -73,6 +74,7 @@ class Case:
     active_flops: int
     tiling: Tiling | None = None
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    held_bytes: int = 0
 
     def least_bytes(self, results) -> int:
         """Every argument read once and every result, arrays or their shapes, written once."""
@@ -200,6 +202,8 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
         def hidden_gradient(y_gradient, token, gate, hidden, weights, sizes):
             return moe.hidden_gradient(y_gradient, token, gate, hidden, weights, sizes, target)
 
+    sizes = dict(rows_per_group=rows_per_group, width=width, hidden=hidden)
+    fused = moe.HIDDEN_GRADIENT.choose(dtype, target.chip, **sizes) is not None
     cases.append(
         Case(
             "hidden gradient",
@@ -207,7 +211,8 @@ def kernel_cases(shape: Shape, dtype, target: Target) -> list[Case]:
             arguments,
             flops(width, hidden),
             moe.HIDDEN_GRADIENT,
-            dict(rows_per_group=rows_per_group, width=width, hidden=hidden),
+            sizes,
+            held_bytes=0 if fused else rows * hidden * jnp.dtype(dtype).itemsize,
         )
     )
     return cases
@@ -219,7 +224,7 @@ def layer_cases(shape: Shape, dtype, target: Target) -> list[Case]:
 
 
 def layer_case(shape: Shape, dtype, target: Target, *, recompute: bool = False) -> Case:
-    """Forward and backward of `moe_mlp`."""
+    """Forward and backward of `moe_mlp`; what it holds is the formula of docs/kernels.md."""
     tokens, k, experts, width, hidden = shape
 
     def layer(x, expert_index, gate, w_gate_up, w_down, from_loss):
@@ -227,6 +232,7 @@ def layer_case(shape: Shape, dtype, target: Target, *, recompute: bool = False) 
         y, pull = jax.vjp(lambda x, g, u, d: call(x, expert_index, g, u, d), x, gate, w_gate_up, w_down)
         return y, *pull(y + from_loss)  # a gradient comes after the output, as in training
 
+    held = (tokens * width + shape.rows * (2 * width + 3 * hidden)) * jnp.dtype(dtype).itemsize
     products = (4 if recompute else 3) * 2 * width * 2 * hidden + 3 * 2 * hidden * width
     return Case(
         "layer, recomputing" if recompute else "layer",
@@ -240,4 +246,5 @@ def layer_case(shape: Shape, dtype, target: Target, *, recompute: bool = False) 
             "from_loss": jax.ShapeDtypeStruct((tokens, width), dtype),
         },
         shape.rows * products,
+        held_bytes=0 if recompute else held,
     )

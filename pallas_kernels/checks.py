@@ -25,6 +25,15 @@ def require_float(**arrays: jax.Array) -> None:
         )
 
 
+def require_native_dtype(backend: str, **arrays: jax.Array) -> None:
+    """`cpu_native` is compiled for one dtype."""
+    for name, array in arrays.items():
+        require(
+            backend != "cpu_native" or array.dtype == jnp.float32,
+            f"{name} has dtype {array.dtype} but backend='cpu_native' is float32 alone; choose backend='cpu', or cast.",
+        )
+
+
 def require_same_dtype(**arrays: jax.Array) -> None:
     (first, first_array), *others = arrays.items()
     for name, array in others:

@@ -5,8 +5,8 @@
     python -m pallas_kernels.compile_all --chip=v5p --json
 
 One line for each kernel and chip: what the compiler says of its FLOPs, bytes and memory. None of it is measured. The
-exit status is 1 if something does not compile, 2 if a compiler is missing. A layer whose arguments and results alone
-are more than one device's memory is named, and no failure.
+exit status is 1 if something does not compile, 2 if a compiler is missing. What is more than one device's memory is
+named, and no failure.
 """
 
 import argparse
@@ -36,7 +36,8 @@ class Result:
     Attributes:
       chip, kernel, shape, dtype: what was compiled; shape is T, K, E, D, F.
       error: the first line of the compiler's refusal, or None.
-      too_large: the same, where arguments and results alone are more than one device's memory: no fault of a kernel.
+      too_large: the same, where arguments, results and what has to be between them are more than one device's memory:
+        no fault of a kernel.
       seconds: that compiling took.
       executed_flops: the kernels' own estimates, which count the most tiles that a routing can touch; 0 where a kernel
         gives none.
@@ -147,7 +148,7 @@ def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Re
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         refusal = f"{type(error).__name__}: {first}"
         available = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error))
-        if available and least_bytes > float(available[1]) * 2**30:
+        if available and least_bytes + case.held_bytes > float(available[1]) * 2**30:
             return Result(chip, case.kernel, tuple(shape), dtype, too_large=refusal)
         return Result(chip, case.kernel, tuple(shape), dtype, error=refusal)
     flops, bytes_accessed = (0 if math.isnan(number) else int(number) for number in planned(call.jaxpr.jaxpr))

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 
 import jax
 
+from pallas_kernels import native
+
 TPU_CHIPS = {
+    "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v5": "v5p",
@@ -22,16 +25,19 @@ TPU_CHIPS = {
 }
 """Device kinds as JAX names them, to the names that the tile table uses."""
 
-CHIPS = {"v5e": "tpu", "v5p": "tpu", "v6e": "tpu", "tpu7x": "tpu", "h100": "gpu"}
+_GPU_CHIPS = {"H100": "h100", "H200": "h100", "B200": "b200"}
+"""What the names of GPUs hold, to the names that the tile table uses; other GPUs go by the name that they have."""
+
+CHIPS = {"v4": "tpu", "v5e": "tpu", "v5p": "tpu", "v6e": "tpu", "tpu7x": "tpu", "h100": "gpu", "b200": "gpu"}
 """Chips that kernels can be compiled for without having one, and their backends."""
 
 PLATFORMS = {"tpu": ("tpu",), "gpu": ("gpu",)}
 """Backends made of Pallas kernels, and the platforms that run them."""
 
-_SMALL_TPUS = ("TPU v2", "TPU v3", "TPU v4")
-"""Device kinds that begin so have 16 MiB of VMEM a core; the kernels' tiles take up to 64."""
+_OLD_TPUS = ("TPU v2", "TPU v3", "TPU v4 lite")
+"""Device kinds that no kernel was compiled for: scalar memory of 16 KiB (v2, v3), or nowhere on offer."""
 
-_HARDWARE = {"tpu": "TPU v5e, v5p, v6e, 7x or newer", "gpu": "NVIDIA GPUs of compute capability 8.0 or newer"}
+_HARDWARE = {"tpu": "TPU v4, v5e, v5p, v6e, 7x or newer", "gpu": "NVIDIA GPUs of compute capability 8.0 or newer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +95,14 @@ def compiling_for(chip: str) -> Iterator[None]:
 def platform() -> str:
     """The platform that `auto` resolves by: that of `compiling_for`, else `jax.default_backend()`.
 
-    A device that the kernels are not made for has a name of its own. TPUs up to v4 have too little VMEM. JAX calls
-    AMD's GPUs `gpu` too, and old ones have neither bfloat16 products nor the shared memory of the tiles.
+    A device that the kernels are not made for has a name of its own, as TPUs before v4. JAX calls AMD's GPUs `gpu` too,
+    and old ones have neither bfloat16 products nor the shared memory of the tiles.
     """
     context = _context.get()
     if context is not None and context.chip:
         return CHIPS[context.chip]
     here = jax.default_backend()
-    if here == "tpu" and jax.devices()[0].device_kind.startswith(_SMALL_TPUS):
+    if here == "tpu" and jax.devices()[0].device_kind.startswith(_OLD_TPUS):
         return jax.devices()[0].device_kind
     if here == "gpu":
         device = jax.devices()[0]
@@ -112,8 +118,12 @@ def target_of(backend: str) -> Target:
     """The target of a resolved backend in this context.
 
     Raises:
-      ValueError: a Pallas backend on a platform that cannot run it.
+      ValueError: a backend on a platform that cannot run it, or one that is to be built first.
     """
+    if backend == "cpu_native":
+        if platform() != "cpu":
+            raise ValueError(f"backend='cpu_native' runs on CPU but the platform is {platform()!r}; choose 'auto'.")
+        native.load()
     if backend not in PLATFORMS:
         return Target(backend)
     context = _context.get()
@@ -130,4 +140,6 @@ def target_of(backend: str) -> Target:
 
 def _chip_at_hand() -> str:
     kind = jax.devices()[0].device_kind
-    return TPU_CHIPS.get(kind, "h100" if "H100" in kind or "H200" in kind else kind)
+    if kind in TPU_CHIPS:
+        return TPU_CHIPS[kind]
+    return next((chip for name, chip in _GPU_CHIPS.items() if name in kind), kind)

@@ -20,15 +20,39 @@ VMEM_LIMIT = 64 * 2**20
 VMEM_BUDGET = 40 * 2**20
 """Bytes that tiles are chosen to fill, the rest being the compiler's."""
 
+_SMALL_VMEM = {"v4": (16 * 2**20, 12 * 2**20)}
+"""Limit and budget of chips that have less: all of a v4 core's (`TpuInfo` of Pallas; the compiler says so too)."""
 
-CORES = {"v5p": 2}
+CORES = {"v4": 2, "v5p": 2}
 """Cores that share a kernel's `parallel` axes, where there is more than one to a device."""
 
 
-def require_room(needed: int) -> None:
-    """Raises `Misfit` if a tile needs more bytes of VMEM than a kernel may use."""
-    if needed > VMEM_LIMIT:
-        raise Misfit(f"it takes about {needed / 2**20:.0f} MiB of VMEM; at most {VMEM_LIMIT / 2**20:.0f} are used.")
+def vmem_limit(chip: str | None) -> int:
+    """Bytes of VMEM that a kernel may use on a chip."""
+    return _SMALL_VMEM.get(chip, (VMEM_LIMIT, VMEM_BUDGET))[0]
+
+
+def vmem_budget(chip: str | None) -> int:
+    """Bytes that tiles are chosen to fill on a chip."""
+    return _SMALL_VMEM.get(chip, (VMEM_LIMIT, VMEM_BUDGET))[1]
+
+
+def require_room(needed: int, chip: str | None) -> None:
+    """Raises `Misfit` if a tile needs more bytes of VMEM than a kernel may use on a chip."""
+    limit = vmem_limit(chip)
+    if needed > limit:
+        raise Misfit(f"it takes about {needed / 2**20:.0f} MiB of VMEM; at most {limit / 2**20:.0f} are used.")
+
+
+def require_room_for_rows(rows: int, width: int, itemsize: int, needed: int, chip: str | None) -> None:
+    """Raises `Misfit`, in a user's terms, if the fewest rows that a kernel takes need more than there is."""
+    try:
+        require_room(needed, chip)
+    except Misfit as error:
+        raise Misfit(
+            f"{rows} rows of {width} numbers of {itemsize} bytes are more than a core of {chip} holds: {error} Choose "
+            "bfloat16, or backend='ragged_dot'."
+        ) from error
 
 
 def require_multiple(name: str, number: int, of: int) -> None:
@@ -37,9 +61,9 @@ def require_multiple(name: str, number: int, of: int) -> None:
         raise Misfit(f"{name}={number} is no multiple of {of}.")
 
 
-def compiler_params(*semantics: str) -> pltpu.CompilerParams:
-    """Semantics of the grid's axes: `parallel` or `arbitrary`."""
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
+def compiler_params(chip: str | None, *semantics: str) -> pltpu.CompilerParams:
+    """The VMEM of a chip, and the semantics of the grid's axes: `parallel` or `arbitrary`."""
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_limit(chip))
 
 
 def interpret_of(target: Target) -> bool | pltpu.InterpretParams:

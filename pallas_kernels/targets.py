@@ -10,18 +10,54 @@ import importlib.util
 import os
 import pathlib
 import sys
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TPU_TOPOLOGIES = {
+    "v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"
+}  # fmt: skip
 """The smallest topology of each chip that libtpu describes."""
+
+TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+"""What libtpu has to be told beside a topology's name: that a chip's two cores are one device, as a v4 starts up."""
 
 COMPILERS = pathlib.Path(os.environ.get("PALLAS_KERNELS_COMPILERS", pathlib.Path(sys.prefix) / "compilers"))
 """Where `pip install --target` put jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12."""
 
-# What cudaGetDeviceProperties says of a Hopper card; XLA reads limits and speeds from here.
+
+class Gpu(NamedTuple):
+    """What CUDA says of a card and differs between those here; XLA reads limits and speeds from it.
+
+    Attributes:
+      name: of the device.
+      capability: compute capability, major and minor.
+      cores: streaming multiprocessors.
+      memory: bytes.
+      bandwidth: of the memory, bytes a second.
+      l2_cache: bytes.
+      clock: GHz.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    memory: int
+    bandwidth: int
+    l2_cache: int
+    clock: float
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 84978434048, 3352320000000, 52428800, 1.98),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 150121545728, 4800000000000, 52428800, 1.98),
+    "b200": Gpu("NVIDIA B200", (10, 0), 148, 191514411008, 7672320000000, 132644864, 1.965),
+}
+"""Cards that programs can be compiled for, in the figures of XLA's own descriptions (its target_config/specs)."""
+
+# The limits that the cards share.
 _GPU = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -29,30 +65,31 @@ gpu_device_info {
   shared_memory_per_block: 49152
   shared_memory_per_core: 233472
   threads_per_core_limit: 2048
-  core_count: 132
+  core_count: %(cores)d
   fpus_per_core: 128
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
+  memory_bandwidth: %(bandwidth)d
+  l2_cache_size: %(l2_cache)d
+  clock_rate_ghz: %(clock)g
   device_memory_size: %(memory)d
   shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
+  cuda_compute_capability { major: %(major)d minor: %(minor)d }
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 }
 runtime_version { major: 12 minor: 9 }
-device_description_str: "NVIDIA %(name)s"
+device_description_str: "%(name)s"
 """
 
 
-def gpu_description(name: str = "H100 80GB HBM3", memory: int = 84978434048) -> str:
-    """A Hopper card as XLA's `target_config`, with `memory` bytes."""
-    return _GPU % {"name": name, "memory": memory}
+def gpu_description(card: str) -> str:
+    """A card of `GPUS` as XLA's `target_config`."""
+    major, minor = GPUS[card].capability
+    return _GPU % (GPUS[card]._asdict() | {"major": major, "minor": minor})
 
 
 class CompilerMissing(RuntimeError):
@@ -102,13 +139,14 @@ def devices_of(chip: str, topology: str | None = None) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked for a pod that is not there
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at once
     try:
-        if chip == "h100":
+        if chip in GPUS:
             use_gpu_compiler()
             description = topologies.get_topology_desc(
-                topology_name="h100", platform="cuda", target_config=gpu_description(), topology=topology or "1x1x1"
+                topology_name=chip, platform="cuda", target_config=gpu_description(chip), topology=topology or "1x1x1"
             )
         else:
-            description = topologies.get_topology_desc(topology or TPU_TOPOLOGIES[chip], platform="tpu")
+            name, options = topology or TPU_TOPOLOGIES[chip], TPU_OPTIONS.get(chip, {})
+            description = topologies.get_topology_desc(name, platform="tpu", **options)
     except (KeyError, CompilerMissing):
         raise
     except Exception as error:

@@ -47,7 +47,7 @@ class Tiling:
       tile: a NamedTuple of integers.
       rule: from `itemsize`, `chip` and the sizes, as keywords, to a tile; None where the operation has to run without
         this kernel.
-      fitted: from a tile, `itemsize` and the sizes to the tile cut to the arrays; raises `Misfit`.
+      fitted: from a tile, `itemsize`, `chip` and the sizes to the tile cut to the arrays; raises `Misfit`.
     """
 
     operation: str
@@ -60,13 +60,13 @@ class Tiling:
         itemsize = jnp.dtype(dtype).itemsize
         tried = _tried.get().get(self.operation)
         if tried is not None:
-            return self.fitted(self.tile(**tried), itemsize=itemsize, **sizes)
+            return self.fitted(self.tile(**tried), itemsize=itemsize, chip=chip, **sizes)
         for path in _tables():
             entry = _entries(path).get(_key(self.operation, chip, dtype, sizes))
             if entry is None:
                 continue
             try:
-                return self.fitted(self.tile(**entry), itemsize=itemsize, **sizes)
+                return self.fitted(self.tile(**entry), itemsize=itemsize, chip=chip, **sizes)
             except (Misfit, TypeError) as error:
                 _log_once(f"{path}: the tile {dict(entry)} of {self.operation} on {chip} is passed over: {error}")
         return self.rule(itemsize=itemsize, chip=chip, **sizes)
@@ -83,7 +83,7 @@ class Tiling:
                 continue
             scaled = self.tile(*(int(number * factor) or 1 for number, factor in zip(first, factors, strict=True)))
             with contextlib.suppress(Misfit):
-                scaled = self.fitted(scaled, itemsize=itemsize, **sizes)
+                scaled = self.fitted(scaled, itemsize=itemsize, chip=chip, **sizes)
                 if scaled not in found:
                     found.append(scaled)
         return [tile._asdict() for tile in found]
@@ -99,13 +99,19 @@ def user_table() -> pathlib.Path | None:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         return pathlib.Path(named)
+    folder = cache_directory()
+    return None if folder is None else folder / "tiles.json"
+
+
+def cache_directory() -> pathlib.Path | None:
+    """The user's folder for what this package measures and builds; None where there is no home to hold it."""
     cache = os.environ.get("XDG_CACHE_HOME")
     if not cache:
         try:
             cache = pathlib.Path.home() / ".cache"
         except RuntimeError:  # a user without an entry in the system's list, as in some containers
             return None
-    return pathlib.Path(cache) / "pallas_kernels" / "tiles.json"
+    return pathlib.Path(cache) / "pallas_kernels"
 
 
 def write(path: pathlib.Path, entries: list[dict[str, Any]]) -> None:

@@ -8,6 +8,8 @@ from jaxmoe.config import ConfigError
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 
+LIMIT = {"heartbeat_timeout_seconds": 100}
+
 
 @pytest.fixture
 def connected(monkeypatch):
@@ -50,9 +52,9 @@ def test_half_of_what_is_needed_is_refused(connected):
 def test_a_slurm_task_with_a_node_of_its_own_has_all_of_its_devices(connected):
     """JAX by itself gives every task one device; with several tasks on a node that is right."""
     alone = {**SLURM, "SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1"}
-    assert connected(alone) == ((None,), {"local_device_ids": []})
+    assert connected(alone) == ((None,), {"local_device_ids": [], **LIMIT})
     shared = {**SLURM, "SLURM_NTASKS": "9", "SLURM_STEP_TASKS_PER_NODE": "1,4(x2)", "SLURM_NODEID": "2"}
-    assert connected(shared) == ((None,), {"local_device_ids": None})
+    assert connected(shared) == ((None,), {"local_device_ids": None, **LIMIT})
     given = {**alone, "JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"}
     assert connected(given)[0] == ("127.0.0.1:9",)
     assert connected({**given, "SLURM_NTASKS": "1"}) is None
@@ -61,5 +63,5 @@ def test_a_slurm_task_with_a_node_of_its_own_has_all_of_its_devices(connected):
 def test_hosts_of_tpu_slices_are_connected_by_jax_s_own_detection(connected):
     one = {"TPU_WORKER_HOSTNAMES": "a", "JAX_PLATFORMS": "cpu"}
     assert connected(one) is None
-    assert connected({**one, "MEGASCALE_NUM_SLICES": "2"}) == ((), {})
-    assert connected({**one, "TPU_WORKER_HOSTNAMES": "a,b"}) == ((), {})
+    assert connected({**one, "MEGASCALE_NUM_SLICES": "2"}) == ((), LIMIT)
+    assert connected({**one, "TPU_WORKER_HOSTNAMES": "a,b"}) == ((), LIMIT)

@@ -9,8 +9,9 @@ The roofline is the larger of the dense MLP's time and the time to read every to
 gradient once; touched are the experts, not the router, that have at least one row. Its bandwidth is that of
 `a + 2 b` on arrays of `Sizes.stream_bytes` into a donated third, which takes its turns among the contenders.
 
-Contenders: a backend of `pallas_kernels`; `capacity_einsum`, the layer of one-hot products with a capacity for each
-1,024 tokens; `capacity_einsum_ungrouped`, the same with one capacity for all tokens.
+Contenders: the platform's backend of `pallas_kernels`, and `cpu_native` where it was built; `capacity_einsum`, the
+layer of one-hot products with a capacity for each 1,024 tokens; `capacity_einsum_ungrouped`, the same with one capacity
+for all tokens.
 Routings: `balanced` is a random router on random tokens; `zipf` draws the experts of a token without replacement with
 probability proportional to rank^-1.2; `hot` has expert 0 among every token's choices.
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -37,7 +39,7 @@ from experiments.benchmarks.timing import Timing, interleaved, machine
 from jaxmoe.config import ConfigError
 from jaxmoe.layers.router import scores_of, top_experts
 from jaxmoe.training import reuse_freed_memory
-from pallas_kernels import moe_mlp, resolved_backend
+from pallas_kernels import moe_mlp, native, resolved_backend
 
 ROUTINGS = ("balanced", "zipf", "hot")
 ZIPF_EXPONENT = 1.2
@@ -45,6 +47,7 @@ TARGETS = {4096: {8: 1.5, 32: 2.0, 128: 3.0, 256: 4.5}, 16384: {8: 1.5, 32: 1.8,
 """Aims for ratio_to_dense by N and E, of the backend of the CPU under balanced routing at D=256, F=512."""
 
 PEAK_TERAFLOPS = {
+    "TPU v4": 275,
     "TPU v5 lite": 197,
     "TPU v5e": 197,
     "TPU v5": 459,
@@ -54,6 +57,7 @@ PEAK_TERAFLOPS = {
     "TPU7x": 2307 / 2,  # a chip is two devices
     "NVIDIA H100 80GB HBM3": 989,
     "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
     "NVIDIA A100-SXM4-40GB": 312,
     "NVIDIA A100-SXM4-80GB": 312,
     "NVIDIA A100-PCIE-40GB": 312,
@@ -150,6 +154,12 @@ def run(*, rounds: int, device: bool = False, sizes: Sizes | None = None) -> dic
     return {"machine": machine(), "rows": rows, "train_step": steps, "linear_in_tokens": linear}
 
 
+def measured_backends() -> tuple[str, ...]:
+    """The platform's own backend, and the compiled one where it was built."""
+    own = resolved_backend()
+    return (own, "cpu_native") if own == "cpu" and native.is_built() else (own,)
+
+
 def routing_bias(routing: str, key: jax.Array, tokens: int, experts: int) -> jax.Array:
     """What is added to the logits before the choice, so that a fresh router chooses as `routing` says: (T or 1, E)."""
     if routing == "balanced":
@@ -209,19 +219,19 @@ EINSUMS = {
 
 def layer_rows(sizes: Sizes, *, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of a step of every contender, and their ratios to the dense MLP and to the roofline."""
-    rows, backend = [], resolved_backend()
+    rows, backends = [], measured_backends()
     for k in sizes.choices:
         for n in sizes.rows:
             shape = functools.partial(Shape, n // k, sizes.width, sizes.hidden, k=k)
-            contenders = [(shape(experts=e), "balanced", backend) for e in sizes.experts]
+            contenders = [(shape(experts=e), "balanced", backend) for e in sizes.experts for backend in backends]
             einsums = [name for name in EINSUMS if n == sizes.rows[0] or name != "capacity_einsum_ungrouped"]
             contenders += [(shape(experts=e), "balanced", name) for e in sizes.einsum_experts for name in einsums]
             if k == sizes.choices[0]:
                 skewed = [(e, routing) for e in sizes.skewed_experts for routing in ROUTINGS[1:]]
-                contenders += [(shape(experts=e), routing, backend) for e, routing in skewed]
+                contenders += [(shape(experts=e), routing, backend) for e, routing in skewed for backend in backends]
             rows += _compared(contenders, sizes.stream_bytes, rounds=rounds)
     shape = functools.partial(Shape, sizes.rows[0] // sizes.choices[0], sizes.width, sizes.hidden, k=sizes.choices[0])
-    if backend != "ragged_dot" and sizes.ragged_dot_experts:
+    if "ragged_dot" not in backends and sizes.ragged_dot_experts:
         slow = [(shape(experts=e), "balanced", "ragged_dot") for e in sizes.ragged_dot_experts]
         rows += _compared(slow, sizes.stream_bytes, rounds=min(rounds, 2))
     return rows
@@ -270,8 +280,8 @@ def _row(
 
 def linear_in_tokens(sizes: Sizes, *, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds per token by T, relative to the middle T of the same E."""
-    backend, k, rows = resolved_backend(), sizes.choices[0], []
-    for experts in sizes.linear_experts:
+    k, rows = sizes.choices[0], []
+    for experts, backend in itertools.product(sizes.linear_experts, measured_backends()):
         shapes = [Shape(t, sizes.width, sizes.hidden, experts, k) for t in sizes.linear_tokens]
         _say(f"T={', '.join(map(str, sizes.linear_tokens))}: {backend} E={experts} K={k}")
         weights = _weights(shapes[0], jnp.float32)
@@ -299,7 +309,9 @@ def training_steps(experts: tuple[int, ...], *, rounds: int) -> list[dict[str, A
 
     Without it the ratio is None.
     """
-    contenders = {"jaxmoe": train_step._our_mixtral}
+    first, *others = measured_backends()
+    contenders = {"jaxmoe": functools.partial(train_step._our_mixtral, backend=first)}
+    contenders |= {f"jaxmoe {name}": functools.partial(train_step._our_mixtral, backend=name) for name in others}
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         contenders["transformers"] = train_step._their_mixtral
     elif experts:
@@ -453,7 +465,7 @@ def describe(result: dict[str, Any]) -> str:
     lines = ["  ".join(f"{key}: {value}" for key, value in result["machine"].items())]
     if "device" in result:
         return "\n".join([*lines, *_described_device(result["device"])])
-    shape, measured = None, resolved_backend()
+    shape, measured = None, measured_backends()
     for row in result["rows"]:
         n = row["T"] * row["K"]
         title = (
@@ -465,7 +477,7 @@ def describe(result: dict[str, Any]) -> str:
             lines += ["", title]
             lines += [f"  {'E':<4} {'routing':<9} {'contender':<25} {'ms':>9} {'of dense':>9} {'of roof':>8}"]
         aim = TARGETS.get(n, {}).get(row["E"])
-        asked = row["routing"] == "balanced" and row["contender"] == measured and (row["D"], row["F"]) == (256, 512)
+        asked = row["routing"] == "balanced" and row["contender"] in measured and (row["D"], row["F"]) == (256, 512)
         lines.append(
             f"  {row['E']:<4} {row['routing']:<9} {row['contender']:<25} {row['milliseconds']:>9.1f} "
             f"{row['ratio_to_dense']:>9.2f} {row['ratio_to_roofline']:>8.2f}"
@@ -475,13 +487,13 @@ def describe(result: dict[str, Any]) -> str:
     for row in result["train_step"]:
         ratio = row["speed_ratio_to_transformers"]
         lines.append(
-            f"  E={row['E']:<4} {row['contender']:<13} {row['tokens_per_second']:>8,} tokens/s"
+            f"  E={row['E']:<4} {row['contender']:<17} {row['tokens_per_second']:>8,} tokens/s"
             + ("" if ratio is None else f"   {ratio:.2f} x transformers")
         )
     lines += ["", "linear in tokens"]
     for row in result["linear_in_tokens"]:
         lines.append(
-            f"  T={row['T']:<6} E={row['E']} K={row['K']} {row['milliseconds']:>9.1f} ms   "
+            f"  T={row['T']:<6} E={row['E']} K={row['K']} {row['contender']:<10} {row['milliseconds']:>9.1f} ms   "
             f"{1000 * row['milliseconds_per_token']:.1f} us a token   {row['ratio_to_middle']:.2f} of the middle"
         )
     return "\n".join(lines)

@@ -160,7 +160,7 @@ def _training_call(config: Any, steps: int) -> Callable[[], None]:
     return call
 
 
-def _our_mixtral(num_experts: int) -> Callable[[], None]:
+def _our_mixtral(num_experts: int, backend: str = "auto") -> Callable[[], None]:
     """One training step of ours at the peer's shapes on random tokens."""
     import jax
     import numpy as np
@@ -170,8 +170,9 @@ def _our_mixtral(num_experts: int) -> Callable[[], None]:
 
     shape = dict(PEER_SHAPE)
     moe = MoEConfig(
-        num_experts=num_experts, experts_per_token=2, expert_hidden=shape.pop("expert_hidden"), router_z_coefficient=0.0
-    )
+        num_experts=num_experts, experts_per_token=2, expert_hidden=shape.pop("expert_hidden"),
+        router_z_coefficient=0.0, backend=backend,
+    )  # fmt: skip
     config = RunConfig(
         name="ours",
         model=ModelConfig(moe=moe, max_sequence_length=PEER_SEQUENCE, **shape),

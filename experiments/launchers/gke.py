@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from experiments.launchers.job import MISTAKE, PREEMPTED, Job
+from experiments.launchers.job import ABORTED, MISTAKE, PREEMPTED, Job
 from experiments.launchers.tpu import Slice
 from jaxmoe.config import ConfigError
+from jaxmoe.exit_status import FAILED
 from jaxmoe.storage import write_text
 
 _CONTAINER = "train"
@@ -76,7 +77,8 @@ def jobset(job: Job, name: str, study: str, options: GkeOptions, retries: int) -
     """The JobSet of a member.
 
     All hosts start again together, from the last checkpoint: without end after a preemption (exit status 75, or an
-    eviction), `retries` times after a failure, and not at all after a mistake in the configuration (2).
+    eviction) or when a host of several is lost (134, by which JAX's runtime ends the others), `retries` times after a
+    failure, and not at all after a mistake in the configuration (2).
     """
     where = options.slice
     exits = [
@@ -84,7 +86,7 @@ def jobset(job: Job, name: str, study: str, options: GkeOptions, retries: int) -
             "action": "FailJob",
             "onExitCodes": {"containerName": _CONTAINER, "operator": "In", "values": [status]},
         }
-        for status in (MISTAKE, PREEMPTED)
+        for status in (MISTAKE, *_start_again(options))
     ]
     pod = {
         "restartPolicy": "Never",
@@ -210,7 +212,7 @@ def xpk_command(job: Job, name: str, options: GkeOptions) -> list[str] | None:
         "xpk", "workload", "create", f"--workload={name}", f"--cluster={options.cluster}", *where,
         f"--tpu-type={options.slice.xpk_type}", f"--num-slices={options.slices}",
         f"--docker-image={options.image}", f"--max-restarts={_XPK_RESTARTS}",
-        f"--restart-on-exit-codes=1,{PREEMPTED}",
+        f"--restart-on-exit-codes={','.join(map(str, (FAILED, *_start_again(options))))}",
         f"--termination-grace-period-seconds={options.grace_seconds}",
         f"--command={shlex.join(['python', '-m', 'experiments.run', *job.arguments])}",
     ]  # fmt: skip
@@ -254,16 +256,22 @@ class GkeLauncher:
         if "xpk.sh" in files:
             note(f"or, with xpk, which brings a queue of its own: sh {self._folder / 'xpk.sh'}")
 
-    def cancel(self, apply: bool, note: Callable[[str], None]) -> None:
-        """Deletes the study's JobSets, or says how; the run directories stay."""
-        command = [
-            "kubectl", "delete", "jobsets.jobset.x-k8s.io", f"--namespace={self._options.namespace}",
-            f"--selector=jaxmoe/study={_label(self._study)}",
-        ]  # fmt: skip
-        if apply:
-            _kubectl(command)
-        else:
-            note(f"stop the members with\n{shlex.join(command)}")
+
+def cancel(study: str, namespace: str, apply: bool, note: Callable[[str], None]) -> None:
+    """Deletes a study's JobSets with kubectl, or says how; the run directories stay."""
+    command = [
+        "kubectl", "delete", "jobsets.jobset.x-k8s.io", f"--namespace={namespace}",
+        f"--selector=jaxmoe/study={_label(study)}",
+    ]  # fmt: skip
+    if apply:
+        _kubectl(command)
+    else:
+        note(f"stop the members with\n{shlex.join(command)}")
+
+
+def _start_again(options: GkeOptions) -> tuple[int, ...]:
+    """Exit statuses after which a member is started again without that counting as a failure."""
+    return (PREEMPTED, ABORTED) if options.slices * options.slice.hosts > 1 else (PREEMPTED,)
 
 
 def _node_labels(where: Slice) -> dict[str, str]:

@@ -19,6 +19,8 @@ from jaxmoe.scaling.status import read_done, read_status
 PREEMPTED = RESUMABLE
 MISTAKE = 2
 """Exit status of a mistake in the configuration, which trying again does not mend."""
+ABORTED = 128 + signal.SIGABRT
+"""Exit status of an end by SIGABRT, as shells and containers have it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,19 @@ class Attempts:
                 return "again"
         self.failures += 1
         return "again" if self.failures <= self.retries else "failed"
+
+
+def as_preempted(exit_status: int, processes: int) -> int:
+    """An exit status, or `PREEMPTED` where JAX's runtime ended one of several processes since another one is lost.
+
+    It does so by SIGABRT. Where the process has aborted for a reason of its own it comes to the same step again, which
+    `Attempts` counts as a failure.
+
+    Args:
+      exit_status: of a process; negative for the number of a signal that killed it.
+      processes: of the job.
+    """
+    return PREEMPTED if processes > 1 and exit_status in (-signal.SIGABRT, ABORTED) else exit_status
 
 
 def describe_exit(exit_status: int) -> str:

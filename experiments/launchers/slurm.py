@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from experiments.launchers.job import PREEMPTED, Attempts, Job, describe_exit, explain_exit
+from experiments.launchers.job import PREEMPTED, Attempts, Job, as_preempted, describe_exit, explain_exit
 from jaxmoe.config import ConfigError
 from jaxmoe.scaling.heartbeat import record_end
 from jaxmoe.storage import read_json, write_json
@@ -200,7 +200,7 @@ class SlurmMember:
         theirs = {signal.SIGTERM, environment._usr_sig()}
         signal.pthread_sigmask(signal.SIG_BLOCK, theirs)
         signal.signal(signal.SIGTERM, self._cancel)
-        first = environment.global_rank == 0
+        first, self._processes = environment.global_rank == 0, environment.num_tasks
         if not first:  # submitit calls `checkpoint` in the first task alone
             signal.signal(environment._usr_sig(), self._tell)
         variables = dict(os.environ)
@@ -250,6 +250,7 @@ class SlurmMember:
     def _outcome(self, status: int) -> str:
         if self._told and status == -signal.SIGINT:  # before it could listen
             status = PREEMPTED
+        status = as_preempted(status, self._processes)
         if status:
             state, error = ("preempted", None) if status == PREEMPTED else ("failed", explain_exit(status, self._log))
             record_end(self.job.directory, state, error, since=self._started)

@@ -15,6 +15,7 @@ from jaxmoe.config.data import (
     TokensSource,
 )
 from jaxmoe.config.errors import ConfigError, nearest
+from jaxmoe.config.grpo import GRPOConfig
 from jaxmoe.config.mesh import MESH_AXES, MESH_PRESETS, MeshConfig, check_mesh, parse_mesh
 from jaxmoe.config.model import DType, ModelConfig, MoEConfig
 from jaxmoe.config.run import EvaluationConfig, RunConfig, TestTimeConfig, TrainConfig
@@ -28,6 +29,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "EvaluationConfig",
+    "GRPOConfig",
     "KnowledgeSource",
     "MeshConfig",
     "MoEConfig",

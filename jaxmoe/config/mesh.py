@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jaxmoe.config.errors import ConfigError, nearest, require, require_positive
 
 if TYPE_CHECKING:
+    from jaxmoe.config.grpo import GRPOConfig
     from jaxmoe.config.model import ModelConfig
     from jaxmoe.config.run import TrainConfig
 
@@ -110,13 +111,16 @@ def parse_mesh(text: str) -> MeshConfig:
     return dataclasses.replace(mesh, **sizes)
 
 
-def check_mesh(mesh: MeshConfig, model: ModelConfig, train: TrainConfig) -> None:
+def check_mesh(
+    mesh: MeshConfig, model: ModelConfig, train: TrainConfig, grpo: GRPOConfig | None = None
+) -> None:
     """Checks that a run can be spread over a mesh; nothing is allocated.
 
     Args:
       mesh: `resolved`, so that no axis is -1.
       model: of the run.
       train: of the run.
+      grpo: of the run, whose rows are then the responses of an update.
 
     Raises:
       ConfigError: something cannot be divided; the message has the numbers and the nearest that fit.
@@ -137,9 +141,12 @@ def check_mesh(mesh: MeshConfig, model: ModelConfig, train: TrainConfig) -> None
         f"mesh: sequence_length={train.sequence_length} cannot be divided into the two chunks that attention gives "
         f"each of context={mesh.context} devices; choose a multiple of {chunks}.",
     )
-    rows = train.batch_size // train.gradient_accumulation
     parts = ("data", "fsdp", "expert")
-    name = "batch_size" if train.gradient_accumulation == 1 else "batch_size / gradient_accumulation"
+    rows, name = train.batch_size, "batch_size"
+    if grpo is not None:
+        rows, name = grpo.responses_per_update(train), "batch_size x group_size / updates_per_step"
+    if train.gradient_accumulation > 1:
+        rows, name = rows // train.gradient_accumulation, f"{name} / gradient_accumulation"
     _check_divides(rows, name, mesh, *parts)
 
 

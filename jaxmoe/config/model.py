@@ -63,7 +63,7 @@ class MoEConfig:
     expert_buffer_factor: float | None = None
     strict_buffer: bool = False
     expert_overlap: bool = False
-    backend: Literal["auto", "reference", "cpu", "tpu", "gpu", "ragged_dot"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "cpu_native", "tpu", "gpu", "ragged_dot"] = "auto"
 
     def __post_init__(self):
         require_non_negative(self, "num_experts", "load_balance_coefficient", "router_z_coefficient")

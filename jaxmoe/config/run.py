@@ -11,9 +11,10 @@ from typing import ClassVar, Literal
 
 from jaxmoe.config.data import DataConfig
 from jaxmoe.config.errors import nearest, require, require_non_negative, require_positive
+from jaxmoe.config.grpo import GRPOConfig, check_grpo
 from jaxmoe.config.mesh import MeshConfig
 from jaxmoe.config.model import ModelConfig
-from jaxmoe.config.values import NOT_IDENTITY
+from jaxmoe.config.values import IF_GIVEN, NOT_IDENTITY
 
 _LONGEST_SPIKE_WINDOW = 10_000
 
@@ -60,7 +61,7 @@ class TrainConfig:
       spike_factor: 10 is 6.7 standard deviations of a normal distribution.
       watchdog_minutes: a run in which no step ends for so long is taken to hang: the stacks of all threads are
         written down and the process ends with status 75, for a scheduler to start it again. Three times as long where
-        XLA may be compiling or storage is waited for. None waits for ever.
+        XLA may be compiling, storage is waited for, or a study is prepared. None waits for ever.
     """
 
     steps: int
@@ -263,6 +264,9 @@ class RunConfig:
       name: of the member; its folder in the study's.
       seed: of initialization, data and order.
       mesh: the devices. It is no part of `config_hash`: a run may go on on another mesh.
+      start_from: a run directory, local or gs://, from whose newest checkpoint the parameters are taken instead of
+        being drawn; moments, steps and data begin anew.
+      grpo: the run is GRPO of `start_from`'s model; None trains on the sources' rows.
     """
 
     name: str
@@ -272,6 +276,8 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=NOT_IDENTITY)
+    start_from: str | None = dataclasses.field(default=None, metadata=IF_GIVEN)
+    grpo: GRPOConfig | None = dataclasses.field(default=None, metadata=IF_GIVEN)
 
     def __post_init__(self):
         require_non_negative(self, "seed")
@@ -294,3 +300,17 @@ class RunConfig:
                 "micro-batch, and drop other tokens than without accumulation. Use gradient_accumulation=1, or no "
                 "capacity_factor.",
             )
+        require(self.start_from != "", "start_from is empty; name a run directory, or leave it out.")
+        if self.grpo is not None:
+            check_grpo(self)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Token positions of a step's updates, padding included: B · S, times the group size under GRPO."""
+        responses = 1 if self.grpo is None else self.grpo.group_size
+        return self.train.batch_size * responses * self.train.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        """Token positions of the whole run."""
+        return self.train.steps * self.tokens_per_step

@@ -21,13 +21,24 @@ T = TypeVar("T")
 NOT_IDENTITY = types.MappingProxyType({"identity": False})
 """Metadata of a field that `config_hash` leaves out: no number of a training or its evaluation depends on it."""
 
+IF_GIVEN = types.MappingProxyType({"identity": "if given"})
+"""Metadata of an optional field that `to_dict` leaves out where it is None: runs without it keep their hash."""
+
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values; `from_dict` of it gives an equal configuration."""
+    """A configuration as plain JSON values, without fields of `IF_GIVEN` that are None.
+
+    `from_dict` of it gives an equal configuration.
+    """
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            values = {field: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return {
+                field.name: plain(item)
+                for field, item in values.items()
+                if item is not None or field.metadata != IF_GIVEN
+            }
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):

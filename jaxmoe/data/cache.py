@@ -27,6 +27,7 @@ import numpy as np
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.layouts import Documents
 from jaxmoe.data.tokenizers import Tokenizer
+from jaxmoe.liveness import beat
 from jaxmoe.storage import is_remote
 
 _FORMAT = 1
@@ -121,6 +122,7 @@ def _write(
     try:
         with open(os.path.join(draft, "tokens.bin"), "wb") as file:
             for block in _blocks(texts):
+                beat()
                 for text, ids in zip(block, tokenizer.encode_arrays(block), strict=True):
                     file.write(np.append(ids, tokenizer.eos_id).astype(dtype).tobytes())
                     lengths.append(len(ids) + 1)

@@ -243,6 +243,10 @@ class Mixture:
             },
         }
 
+    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) which source each row of a step is of, and the row's number within that source, over all hosts."""
+        return self._pattern(step * self.batch_size + np.arange(self.batch_size, dtype=np.int64))
+
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of 0-based global step `step`."""
         return self.batches(step, 1)[0]

@@ -1,7 +1,7 @@
 """Evaluation: task loss, accuracy, validation loss, test-time compute, and the records that hold them."""
 
 from jaxmoe.evaluation.checkpoint import checkpoint_context
-from jaxmoe.evaluation.evaluate import evaluate_all, identity_at
+from jaxmoe.evaluation.evaluate import evaluate_all, identity_at, reward_records
 from jaxmoe.evaluation.generation import (
     Generated,
     GenerationScore,
@@ -64,6 +64,7 @@ __all__ = [
     "named_numbers",
     "pass_at",
     "problems_of",
+    "reward_records",
     "sample_answers",
     "sample_problems",
     "samples_file",

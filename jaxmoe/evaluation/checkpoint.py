@@ -9,9 +9,9 @@ from etils import epath
 
 from jaxmoe.config import RunConfig
 from jaxmoe.data import Mixture
+from jaxmoe.run_files import CHECKPOINT_DIRECTORY
 from jaxmoe.sharding import partitioning_of_run
 from jaxmoe.training import Checkpoints, EvaluationContext, Resumed, abstract_state, evaluation_context
-from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
 
 
 def checkpoint_context(

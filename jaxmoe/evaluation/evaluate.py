@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,25 @@ def _evaluate_all(context: EvaluationContext, identity: Mapping[str, Any]) -> li
     return records
 
 
+def reward_records(
+    context: EvaluationContext,
+    measured: Iterable[tuple[str, Mapping[str, Any]]],
+    labels: Mapping[str, str] | None = None,
+) -> list[Record]:
+    """Records of the reward of greedy responses to the test split, by `jaxmoe.post_training.validation_rewards`.
+
+    Args:
+      context: that was measured.
+      measured: source and numbers.
+      labels: as in `evaluate_all`.
+    """
+    identity = run_identity(context, labels)
+    return [
+        _record(identity, "reward", source, "test", {**numbers, "dropped_fraction": 0.0})
+        for source, numbers in measured
+    ]
+
+
 def run_identity(context: EvaluationContext, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What every record of a member at one step has in common: see `jaxmoe.evaluation.records.IDENTITY_FIELDS`."""
     resumed = {} if context.resumed is None else context.resumed.fields()
@@ -81,7 +100,7 @@ def run_identity(context: EvaluationContext, labels: Mapping[str, str] | None = 
 
 def identity_at(run: RunConfig, step: int, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     """`run_identity` of a run of which no more than the step of a checkpoint is known."""
-    tokens = step * run.train.batch_size * run.train.sequence_length
+    tokens = step * run.tokens_per_step
     return {
         "study": run.name,
         "member": run.name,

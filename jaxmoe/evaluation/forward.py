@@ -17,16 +17,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import RouterStatistics
+from jaxmoe.liveness import beat
 from jaxmoe.models import Decoder, dropless
 from jaxmoe.sharding import RULES, Partitioning, constrain, partitioning_in_use, placed, use_partitioning
-from jaxmoe.training.watchdog import beat
 
 ELEMENTS = 1 << 25
 """Rows are taken together only as far as attention scores and logits stay under this many numbers (128 MiB)."""
 
 
 class Evaluator:
-    """A model as it is evaluated: no capacity limit in any MoE layer, compiled once for each shape of batch.
+    """A model as it is evaluated: no capacity limit and no bounded buffer in any MoE layer, compiled once a shape.
 
     Made where a partitioning is in use, it takes the model's parameters spread so, and spreads batches.
 
@@ -60,7 +60,7 @@ class Evaluator:
           nats per position, and whether the likeliest token is the target; 0 and False on padding.
 
         Raises:
-          RuntimeError: an assignment was dropped or found no room in a buffer, which in an evaluation none may.
+          RuntimeError: an assignment was left out, which without capacity limit and bounded buffers none can be.
         """
         arrays = {
             name: placed(batch[name], self._partitioning, "batch", "sequence")
@@ -69,12 +69,10 @@ class Evaluator:
         loss, correct, statistics = _compiled(self._partitioning)(self.graphdef, self.state, arrays)
         if statistics is not None:
             statistics = jax.device_get(statistics)
-            if np.sum(statistics.dropped) > 0:
-                raise RuntimeError(f"evaluation dropped {np.sum(statistics.dropped):.0f} expert assignments.")
-            if np.sum(statistics.overflowed) > 0:
+            left_out = float(np.sum(statistics.dropped) + np.sum(statistics.overflowed))
+            if left_out:
                 raise RuntimeError(
-                    f"in an evaluation {np.sum(statistics.overflowed):.0f} expert assignments found no room in buffers "
-                    f"of moe.expert_buffer_factor times the mean; give a larger factor, or None."
+                    f"an evaluation left out {left_out:.0f} expert assignments, though `dropless` has room for all."
                 )
             self.statistics = statistics if self.statistics is None else self.statistics + statistics
         return np.asarray(loss), np.asarray(correct)

@@ -20,9 +20,9 @@ from jaxmoe.data import Example, Tokenizer
 from jaxmoe.data.answers import AnswerFormat, extract_answer
 from jaxmoe.evaluation.forward import batches_of
 from jaxmoe.evaluation.scoring import padded_length, ratio_standard_error
+from jaxmoe.liveness import beat
 from jaxmoe.models import Decoder, dropless, generate
 from jaxmoe.sharding import Partitioning, partitioning_in_use, placed, use_partitioning
-from jaxmoe.training.watchdog import beat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ EARLIER_RECORDS_DIRECTORY = "earlier_records"
 Record = dict[str, Any]
 """One flat JSON object of strings, numbers and nulls; `expert_load`, a list for each layer, is the one exception."""
 
-Evaluation = Literal["training", "validation", "task", "generation", "test_time"]
+Evaluation = Literal["training", "validation", "task", "generation", "test_time", "reward"]
 EVALUATIONS: tuple[str, ...] = typing.get_args(Evaluation)
 
 IDENTITY_FIELDS: dict[str, type | tuple[type, ...]] = {

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import execution
+from pallas_kernels import execution, varying
 
 Axes = tuple[str, ...]
 """Names of the mesh axes that make up a group, first the one that varies slowest."""
@@ -88,7 +88,7 @@ def _moved(rows: jax.Array, slices: Slices, num_rows: int, axes: Axes) -> jax.Ar
         return _padded_all_to_all(rows, slices, num_rows, axes)
     return jax.lax.ragged_all_to_all(
         rows,
-        jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype),
+        varying.zeros((num_rows, *rows.shape[1:]), rows.dtype, rows, slices),
         slices.send_offset,
         slices.send_size,
         slices.send_to,

@@ -101,15 +101,17 @@ def triton_attention(
 
     repeats, size = query.shape[2], jnp.dtype(query.dtype).itemsize
     arguments = (_heads_last(query), *(jnp.repeat(_heads_last(x[:, :, None]), repeats, axis=2) for x in (key, value)))
-    # The largest for which ptxas spills no register (compiled for H100, head_dim 16 to 128).
+    target = execution.target_of("gpu")
+    # The largest for which ptxas spills no register (compiled for H100 and B200, head_dim 16 to 128).
+    forward = 64 if target.chip == "b200" and query.shape[-1] <= 64 else 256 // size
     backward = min(64, 8192 // (size * 2 ** math.ceil(math.log2(query.shape[-1]))))
     mixed = library.mha(
         *arguments,
         groups,
         sm_scale=query.shape[-1] ** -0.5,
         causal=True,
-        block_sizes=library.BlockSizes(256 // size, 64, *[backward] * 4),
-        interpret=execution.target_of("gpu").interpret,
+        block_sizes=library.BlockSizes(forward, 64, *[backward] * 4),
+        interpret=target.interpret,
     )
     return _heads_first(mixed, query.shape)
 

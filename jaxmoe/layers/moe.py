@@ -38,8 +38,8 @@ class MoE(nnx.Module):
       num_experts: E.
       experts_per_token: K, at most E.
       expert_hidden: F.
-      score_order, renormalize, routed_scaling, shared_expert_hidden, router_dtype, capacity_factor,
-        expert_buffer_factor, expert_overlap, backend: as in `jaxmoe.config.MoEConfig`.
+      score_order, renormalize, routed_scaling, shared_expert_hidden, router_dtype: as in `jaxmoe.config.MoEConfig`.
+      capacity_factor, expert_buffer_factor, expert_overlap, backend: the same.
       init_std: of the router, gate and up weights.
       output_init_std: of the down weights; None for init_std.
       compute_dtype: of the experts' matrix products.
@@ -266,7 +266,7 @@ class MoE(nnx.Module):
             mesh=partitioning.mesh,
             in_specs=(split.spec, split.spec, jax.P(), weight_specs),
             out_specs=(split.spec, jax.P()),
-            check_vma=False,
+            check_vma=True,
         )(split.cut(x), None if mask is None else split.cut(mask), router_state, weights)
         return split.joined(y), statistics
 

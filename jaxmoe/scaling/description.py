@@ -16,6 +16,11 @@ _COST = (
     "run.\nBytes over all devices: parameters and moments in float32; activations, of one sequence, are an estimate."
 )
 
+_GRPO = (
+    "GRPO, per rollout step (tokens at most). Tokens and FLOPs above are of the updates; sampling and the\n"
+    "log-probabilities of the old policy and of the reference come on top."
+)
+
 
 def describe(study: Study) -> str:
     """What is held fixed and what varies; then members in numbers, their cost, and their parameters by component."""
@@ -34,6 +39,8 @@ def describe(study: Study) -> str:
         (_COST, _cost(summaries), 1),
         ("Parameters by component (of the experts, one token uses K of E).", _components(summaries), 1),
     )
+    if any("grpo" in numbers for numbers in summaries):
+        tables = (*tables, (_GRPO, _rollouts(summaries), 2))
     for title, rows, left in tables:
         lines += ["", *([title] if title else []), *_aligned(rows, left)]
     return "\n".join(lines)
@@ -53,6 +60,25 @@ def _members(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             str(numbers["seed"]),
         )
         for numbers in summaries
+    ]  # fmt: skip
+
+
+def _rollouts(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    header = (
+        "member", "starts from", "prompts", "of each", "responses", "updates", "responses/update", "prompt tokens",
+        "response tokens", "reward",
+    )  # fmt: skip
+    counted = (
+        "prompts_per_step", "group_size", "responses_per_step", "updates_per_step", "responses_per_update",
+        "max_prompt_tokens", "max_response_tokens",
+    )  # fmt: skip
+    return [header] + [
+        (
+            numbers["name"], numbers["start_from"], *(_number(numbers["grpo"][name]) for name in counted),
+            numbers["grpo"]["reward"],
+        )
+        for numbers in summaries
+        if "grpo" in numbers
     ]  # fmt: skip
 
 

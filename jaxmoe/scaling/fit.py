@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.accounting import flops_per_token
-from jaxmoe.config import MeshConfig, RunConfig
+from jaxmoe.config import ConfigError, MeshConfig, MoEConfig, RunConfig
 from jaxmoe.config.mesh import check_mesh
 from jaxmoe.layers.expert_parallel import expert_axes
 from jaxmoe.models import init_cache
@@ -156,6 +156,11 @@ def check_fit(
     started = time.perf_counter()
     config = run.mesh.resolved(len(topology.devices))
     if what == "train":
+        if run.grpo is not None:
+            raise ConfigError(
+                f"{run.name}: the step of GRPO is not compiled here; check the run that it starts from, and "
+                "--what=decode for its rollouts."
+            )
         check_mesh(config, run.model, run.train)
     partitioning = Partitioning(build_mesh(config, topology.devices))
     tokens = run.train.batch_size * run.train.sequence_length if what == "train" else rows or len(topology.devices)
@@ -175,7 +180,7 @@ def check_fit(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        peak = _refused_peak(str(error))
+        peak, _ = _refused(str(error))
         if peak is None:
             raise
         return Fit(
@@ -200,12 +205,14 @@ def check_fit(
 
 
 def _room(run: RunConfig, partitioning: Partitioning) -> float:
-    """Rows of a receive buffer over those of a balanced routing (docs/distributed.md)."""
     if not run.model.num_moe_layers:
         return 1.0
-    moe = run.model.moe
-    axes = expert_axes(partitioning, moe.num_experts)
-    group = partitioning.size(*((axes,) if isinstance(axes, str) else axes))
+    axes = expert_axes(partitioning, run.model.moe.num_experts)
+    return receive_room(run.model.moe, partitioning.size(*((axes,) if isinstance(axes, str) else axes)))
+
+
+def receive_room(moe: MoEConfig, group: int) -> float:
+    """Rows of the receive buffer of an expert group's device over those of a balanced routing (docs/distributed.md)."""
     if group == 1:
         return 1.0
     if moe.expert_buffer_factor is not None:
@@ -287,15 +294,25 @@ def _tpu_limit(name: str) -> int | None:
     try:
         jax.jit(lambda x: x + 1).lower(much).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"of ([\d.]+[KMGT]?) hbm", str(error))
-        return None if found is None else _parsed_bytes(found[1])
+        return _refused(str(error))[1]
     return None
 
 
-def _refused_peak(message: str) -> int | None:
-    """Bytes that a refused program would have needed; None if it was refused for another reason."""
-    found = re.search(r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return None if found is None else _parsed_bytes(found[1])
+_TOO_LARGE = (
+    r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm",
+    r"total memory required for HLO temporaries \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)",
+)
+"""How the TPU compiler says that a program needs more memory than there is: at the end, or before it tries."""
+
+
+def _refused(message: str) -> tuple[int | None, int | None]:
+    """Bytes that a refused program would have needed, and those that there are; None if it was refused for another
+    reason."""
+    for pattern in _TOO_LARGE:
+        found = re.search(pattern, message)
+        if found is not None:
+            return _parsed_bytes(found[1]), _parsed_bytes(found[2])
+    return None, None
 
 
 def _parsed_bytes(text: str) -> int:

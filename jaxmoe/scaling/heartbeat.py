@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Heartbeat:
     """Within the `with` block `status.json` says `running`, with a new heartbeat every `HEARTBEAT_SECONDS`.
 
-    Leaving the block without `ended` is a failure if by an error, and else, as after a second Ctrl-C, a stop. Nothing
+    Leaving the block without `ended` is a failure if by an error, and else, as after a second Ctrl-C or when another
+    process of the run is lost, a stop. Nothing
     is written where another process is training in the directory, and a file that cannot be written stops nothing:
     where the storage is gone, training says so.
 
@@ -70,10 +71,12 @@ class Heartbeat:
         self._write()
 
     def __exit__(self, *exception) -> None:
+        from jaxmoe.ending import lost_another  # loads JAX, which launchers do without
+
         error = exception[1]
         if self._over.is_set():
             return
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not lost_another(error):
             self.ended("failed", f"{type(error).__name__}: {error}")
         else:
             self.ended("preempted")

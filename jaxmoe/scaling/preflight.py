@@ -12,8 +12,9 @@ from etils import epath
 
 from jaxmoe import accounting
 from jaxmoe.accounting import readable_bytes
-from jaxmoe.config import ConfigError, config_hash, to_dict
+from jaxmoe.config import ConfigError, ModelConfig, config_hash, to_dict
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
+from jaxmoe.post_training import check_grpo_data
 from jaxmoe.scaling.status import is_done
 from jaxmoe.scaling.study import Member, Study
 from jaxmoe.scaling.study_file import check_same_study, check_writable
@@ -24,8 +25,10 @@ from jaxmoe.training import (
     CheckpointError,
     check_directory,
     check_format,
+    check_start,
     check_unused,
 )
+from pallas_kernels import native
 
 Resume = Literal["auto", "force"]
 
@@ -62,7 +65,10 @@ def preflight(
     for member in waiting:
         with _naming(member):
             partitioning_of_run(member.config)
-        check_unused(workdir / member.name)
+            _check_backend(member.config.model)
+            if member.config.start_from is not None:
+                _check_start(member, workdir / member.name)
+        check_unused(workdir / member.name, wait=True)
         try:
             check_format(workdir / member.name / CHECKPOINT_DIRECTORY)
         except CheckpointError as error:
@@ -86,10 +92,35 @@ def check_data(members: Sequence[Member], cache_dir: str | os.PathLike | None = 
             if spec not in tokenizers:
                 tokenizers[spec] = load_tokenizer(spec)
             require_vocabulary(tokenizers[spec], config.model.vocab_size)
-            key = config_hash({"data": to_dict(config.data), "length": config.train.sequence_length})
+            prompts = None if config.grpo is None else to_dict(config.grpo)
+            key = config_hash({
+                "data": to_dict(config.data), "length": config.train.sequence_length, "prompts": prompts,
+            })  # fmt: skip
             if key not in built:
                 built.add(key)
-                Mixture.of_run(config, tokenizer=tokenizers[spec], cache_dir=cache_dir)
+                mixture = Mixture.of_run(config, tokenizer=tokenizers[spec], cache_dir=cache_dir)
+                if config.grpo is not None:
+                    check_grpo_data(config, mixture)
+
+
+def _check_backend(model: ModelConfig) -> None:
+    """A backend that was named must be able to run here, in the dtype of the model."""
+    if model.num_moe_layers and model.moe.backend == "cpu_native":
+        if model.compute_dtype != "float32":
+            raise ConfigError(
+                f"model.moe.backend='cpu_native' is float32 alone, but model.compute_dtype={model.compute_dtype!r}; "
+                "choose 'cpu' or 'auto'."
+            )
+        try:
+            native.load()
+        except ValueError as error:
+            raise ConfigError(f"model.moe.{error}") from error
+
+
+def _check_start(member: Member, directory: epath.Path) -> None:
+    """Parameters to start from are needed until there is a checkpoint, and under GRPO, as the reference, for ever."""
+    if member.config.grpo is not None or not _checkpoints_in(directory):
+        check_start(member.config)
 
 
 @contextlib.contextmanager

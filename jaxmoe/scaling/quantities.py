@@ -45,12 +45,14 @@ QUANTITIES: dict[str, Callable[[RunConfig], Number]] = {
     "non_embedding_active_parameters": lambda config: _parameters(config).non_embedding_active,
     "flops_per_token": flops_per_token,
     "matmul_flops_per_token": matmul_flops_per_token,
-    "training_flops": lambda config: accounting.training_flops(config.model, config.train),
-    "approximate_training_flops": lambda config: accounting.approximate_training_flops(
-        config.model, config.train.tokens
+    "training_flops": lambda config: (  # under GRPO of every response's row
+        accounting.training_flops(config.model, config.train) * (config.tokens // config.train.tokens)
     ),
-    "tokens": lambda config: config.train.tokens,
-    "tokens_per_parameter": lambda config: config.train.tokens / _parameters(config).total,
+    "approximate_training_flops": lambda config: accounting.approximate_training_flops(
+        config.model, config.tokens
+    ),
+    "tokens": lambda config: config.tokens,
+    "tokens_per_parameter": lambda config: config.tokens / _parameters(config).total,
     "sparsity": lambda config: accounting.sparsity(config.model),
     "num_experts": num_experts,
     "experts_per_token": experts_per_token,

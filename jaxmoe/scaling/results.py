@@ -39,6 +39,7 @@ _NUMBERS = {
     },
     "generation": {"accuracy": "generation_accuracy"},
     "test_time": {},  # curves, which the report draws
+    "reward": {"reward": "reward", "reward_standard_error": "reward_standard_error"},
 }
 
 
@@ -110,6 +111,7 @@ def results_table(study_dir: epath.PathLike) -> pd.DataFrame:
     * `validation_loss/SOURCE/SPLIT`: weighted as in training.
     * `task_loss/SOURCE/SPLIT`: answer tokens only, pooled; `bits_per_token/...`, `bits_per_byte/...`: macro means.
     * `accuracy/SOURCE/SPLIT` with `accuracy_standard_error/...`; `generation_accuracy/...`.
+    * `reward/SOURCE/SPLIT` with `reward_standard_error/...`: of greedy responses, of members with GRPO.
     * `generalization_gap/SOURCE`: bits per answer token on the test split minus those on the training split; where
       there are training problems with corrected solutions (`train_clean`), minus those on these.
     * `task_minus_training_loss/SOURCE`: task loss of the test split minus the training loss (arXiv 2508.18672 reads

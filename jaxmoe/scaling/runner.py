@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, config_hash
-from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, set_aside, write_records
+from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, reward_records
+from jaxmoe.exclusive import HeldElsewhereError
+from jaxmoe.post_training import GRPO, validation_rewards
 from jaxmoe.processes import alone, is_first, of_first, together
+from jaxmoe.scaling.alike import require_started_alike
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
+from jaxmoe.scaling.pending_records import PendingRecords
 from jaxmoe.scaling.preflight import Resume, preflight
 from jaxmoe.scaling.status import is_done, read_done
 from jaxmoe.scaling.study import Member, Study
@@ -38,12 +41,15 @@ from jaxmoe.training import (
     LossSpikeError,
     NonFiniteLossError,
     NoSpaceLeftError,
+    PreTraining,
     ProgressReporter,
     StopRequest,
     TrainingError,
+    TrainResult,
     Watchdog,
     train,
 )
+from jaxmoe.training.errors import explain_no_space
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +138,19 @@ def run_study(
       SIGTERM or SIGINT, whenever it comes, ends the study at the next point from which it can go on.
 
     Raises:
-      ConfigError: known before anything is trained.
+      HeldElsewhereError: another host has a member's folder.
+      ConfigError: known before anything is trained, as that the processes that train it were not started alike.
+
+    A watchdog is there from the beginning on: where nothing moves in any process while the study is checked, its data
+    are made or a member is waited for, for `PATIENCE` times the members' longest `watchdog_minutes`, the process ends.
     """
     workdir = as_path(workdir)
     members = study.members if only is None else (study.member(only),)
     with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
         try:
-            return _run_members(study, members, workdir, resume, strict_restore, progress, command, stop)
+            require_started_alike(workdir, members, only=only, resume=resume, strict_restore=strict_restore)
+            with Watchdog(workdir, _watchdog_minutes(members)):
+                return _run_members(study, members, workdir, resume, strict_restore, progress, command, stop)
         except ConfigError as error:
             if only is not None and is_first() and workdir.is_dir():
                 record_end(workdir / only, "failed", str(error))
@@ -218,25 +230,38 @@ def run_member(
         "slices": ",".join(member.slices),
     }
 
-    @functools.cache
-    def set_aside_once() -> None:
-        moved = set_aside(directory, config_hash(member.config))
-        if moved:
-            logger.info("%s: %d records of an earlier configuration are in earlier_records now", member.name, moved)
+    pending = PendingRecords(directory, config_hash(member.config))
 
     def evaluate(context: EvaluationContext) -> dict[str, float | None]:
         records = evaluate_all(context, labels)
+        if context.run.grpo is not None:
+            records += reward_records(context, validation_rewards(context), labels)
         if is_first():
-            set_aside_once()
-            write_records(directory, records)
+            pending.add(records)
         return named_numbers(records)
 
+    method = PreTraining if member.config.grpo is None else GRPO
     result = train(
-        member.config, directory, on_evaluate=evaluate, progress=progress, cache_dir=cache_dir, resume=resume,
-        strict_restore=strict_restore, stop=stop,
+        member.config, directory, on_evaluate=evaluate, before_checkpoint=pending.write, progress=progress,
+        cache_dir=cache_dir, resume=resume, strict_restore=strict_restore, stop=stop, method=method,
     )  # fmt: skip
     if result.status == "resumable":
         return MemberResult(member.name, "resumable", result.step, result.loss)
+    with explain_no_space(directory, lambda: result.step):
+        return _completed(member, directory, result, evaluate, pending, cache_dir, stop)
+
+
+def _completed(
+    member: Member,
+    directory: epath.Path,
+    result: TrainResult,
+    evaluate: Callable[[EvaluationContext], object],
+    pending: PendingRecords,
+    cache_dir: str | os.PathLike | None,
+    stop: StopRequest | None,
+) -> MemberResult:
+    """What is left of a member once it is trained: the records of its last step, if they are not there, and DONE."""
+    pending.write()
     if not of_first(_has_records(directory, member.config)):
         if stop is not None and stop.requested is not None:
             return MemberResult(member.name, "resumable", result.step, result.loss)
@@ -245,6 +270,7 @@ def run_member(
             limit = member.config.train.watchdog_minutes
             with Watchdog(directory, limit) as watchdog, watchdog.patient(f"evaluating step {result.step}"):
                 evaluate(context)
+            pending.write()
     done = {
         "member": member.name,
         "step": result.step,
@@ -291,6 +317,8 @@ def _outcome(
             member, workdir, study_name=study_name, resume=resume, strict_restore=strict_restore, progress=progress,
             cache_dir=cache_dir, stop=stop,
         )  # fmt: skip
+    except HeldElsewhereError:  # which is for a scheduler to try again
+        raise
     except (ConfigError, NonFiniteLossError, LossSpikeError, BufferOverflowError) as error:  # of all processes
         return MemberResult(member.name, "failed", error=str(error), mistake=isinstance(error, ConfigError))
     except Exception as error:
@@ -311,6 +339,12 @@ def _has_records(directory: epath.Path, run: RunConfig) -> bool:
     return any(
         record["config_hash"] == config_hash(run) for record in records if record["evaluation"] != "test_time"
     )
+
+
+def _watchdog_minutes(members: Sequence[Member]) -> float | None:
+    """Of the preparation, and of what lies between members: the longest that a member has."""
+    minutes = [member.config.train.watchdog_minutes for member in members]
+    return None if None in minutes else max(minutes)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ HEADLINE_SLICE = "headline"
 _PUBLISHED = (
     "total_parameters", "active_parameters", "flops_per_token", "tokens", "tokens_per_parameter", "sparsity",
 )  # fmt: skip
-SECTIONS = ("model", "data", "train", "evaluation", "mesh")
+SECTIONS = ("model", "data", "train", "evaluation", "mesh", "grpo", "start_from")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED_NAMES = ("report", "cache", "logs", "study.json")
 
@@ -75,7 +75,26 @@ class Member:
             "state_bytes": int(memory.weights + memory.optimizer),
             "memory_bytes": int(memory.total),
             "config_hash": config_hash(self.config),
+            **self._post_training(),
         }
+
+    def _post_training(self) -> dict[str, Any]:
+        """Where the member starts from, and its rollouts; nothing for one that has neither."""
+        run, grpo = self.config, self.config.grpo
+        start = {} if run.start_from is None else {"start_from": run.start_from}
+        if grpo is None:
+            return start
+        rollouts = {
+            "prompts_per_step": run.train.batch_size,
+            "group_size": grpo.group_size,
+            "responses_per_step": run.train.batch_size * grpo.group_size,
+            "updates_per_step": grpo.updates_per_step,
+            "responses_per_update": grpo.responses_per_update(run.train),
+            "max_prompt_tokens": grpo.max_prompt_tokens,
+            "max_response_tokens": grpo.max_response_tokens,
+            "reward": grpo.reward,
+        }
+        return {**start, "grpo": rollouts}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,9 +130,10 @@ class Study:
         Args:
           config: an `ml_collections.ConfigDict` or nested mappings, with `study` (name, title, held_fixed, varies,
             notes, and `slices` for `slice_notes`), `seeds`, the sections `model`, `data`, `train`, `evaluation`,
-            `mesh`, and `members`: by arm, each with `slices`, `seeds` and values that replace those of the sections,
-            merged key by key, and with `name` where the arm's is not its key (a key has no dots). Members keep their
-            order; a ConfigDict has none, so its are taken headline first, then by name with numbers counted.
+            `mesh` and `grpo`, `start_from`, in which `{member}` stands for a member's name, and `members`: by arm, each
+            with `slices`, `seeds` and values that replace those of the sections, merged key by key, and with `name`
+            where the arm's is not its key (a key has no dots). Members keep their order; a ConfigDict has none, so its
+            are taken headline first, then by name with numbers counted.
 
         Raises:
           ConfigError: an unknown key (the nearest known one is given) or a value that is refused; the message starts
@@ -266,7 +286,11 @@ def _resolve(base: Mapping[str, Any], override: Mapping[str, Any], *, key: str, 
     identity = {"name": name, "seed": seed}
     path = f"members.{key}"
     try:
-        return from_dict(RunConfig, {**_merge(base, override), **identity}, path)
+        values = _merge(base, override)
+        start = values.get("start_from")
+        if isinstance(start, str):
+            values = {**values, "start_from": start.replace("{member}", name)}
+        return from_dict(RunConfig, {**values, **identity}, path)
     except ConfigError as error:
         try:
             from_dict(RunConfig, {**base, **identity})

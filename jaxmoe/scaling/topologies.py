@@ -45,11 +45,14 @@ class Chip:
     least: tuple[int, ...] = ()
 
 
-# Google Cloud's pages on v5e, v5p, v6e and TPU7x: half of the bidirectional bandwidth of a chip's links, and its share
-# of the data-centre network. NVIDIA's data sheets: NVLink in one direction, and one 400 Gb/s adapter for each GPU.
+# Google Cloud's pages on v4, v5e, v5p, v6e and TPU7x: half of the bidirectional bandwidth of a chip's links, and its
+# share of the data-centre network. The page on v4 has neither: six links of 50 GB/s (Jouppi et al. 2023, table 4), and
+# about 100 Gb/s for a host of four chips (PaLM, Chowdhery et al. 2022, section 4). NVIDIA's data sheets (B200: that of
+# HGX B200, and DGX B200's 180 GB): NVLink in one direction, and one 400 Gb/s adapter for each GPU.
 CHIPS = {
     chip.name: chip
     for chip in (
+        Chip("v4", "tpu", "v4", 275e12, 32 * GIB, 1200e9, 300e9, 3.125e9, 3, (2, 2, 1)),
         Chip("v5e", "tpu", "v5e", 197e12, 16 * GIB, 819e9, 200e9, 3.125e9, 2, (2, 2)),
         Chip("v5p", "tpu", "v5p", 459e12, 95 * GIB, 2765e9, 600e9, 6.25e9, 3, (2, 2, 1)),
         Chip("v6e", "tpu", "v6e", 918e12, 32 * GIB, 1638e9, 400e9, 12.5e9, 2, (2, 2)),
@@ -57,10 +60,11 @@ CHIPS = {
         Chip("tpu7x", "tpu", "tpu7x", 2307e12 / 2, 192 * GIB // 2, 7380e9 / 2, 300e9, 6.25e9, 3, (2, 2, 1)),
         Chip("h100", "cuda", "h100", 989e12, 80 * 10**9, 3352e9, 450e9, 50e9),
         Chip("h200", "cuda", "h100", 989e12, 141 * 10**9, 4800e9, 450e9, 50e9),
+        Chip("b200", "cuda", "b200", 2250e12, 180 * 10**9, 8000e9, 900e9, 50e9),
     )
 }
 
-EXAMPLES = ("v5e:4x4", "v5p:4x4x4", "v6e:16x16", "tpu7x:4x4x4", "h100:8", "h100:64", "h200:8")
+EXAMPLES = ("v4:4x4x4", "v5e:4x4", "v5p:4x4x4", "v6e:16x16", "tpu7x:4x4x4", "h100:8", "h100:64", "h200:8", "b200:8")
 _GPUS_OF_A_NODE = 8
 _WITHOUT_A_POD = {
     "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked for a pod that is not there
@@ -70,8 +74,6 @@ _WITHOUT_A_POD = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-_CARD_MEMORY = {"h100": 84978434048, "h200": 150121545728}
-"""Bytes that cudaGetDeviceProperties reports."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +135,9 @@ def _tpus(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequenc
         raise ConfigError(f"--topology={name}: {chip.name} has {chip.dimensions} directions, {least} or more.")
     for variable, value in _WITHOUT_A_POD.items():
         os.environ.setdefault(variable, value)
+    options = targets.TPU_OPTIONS.get(chip.name, {})
     try:
-        return topologies.get_topology_desc(name, platform="tpu", num_slices=slices).devices
+        return topologies.get_topology_desc(name, platform="tpu", num_slices=slices, **options).devices
     except Exception as error:  # libtpu missing, or a shape that it does not know, in many classes
         text = str(error).splitlines()[0]
         if "libtpu" in text.lower() or "TPU_LIBRARY_PATH" in text:
@@ -156,6 +159,6 @@ def _gpus(chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequence[Any]:
     return topologies.get_topology_desc(
         topology_name=chip.name,
         platform="cuda",
-        target_config=targets.gpu_description(chip.name, _CARD_MEMORY[chip.name]),
+        target_config=targets.gpu_description(chip.name),
         topology=f"1x{nodes}x{each}",
     ).devices

@@ -1,6 +1,7 @@
 """Training: optimizer, step, loop, checkpoints, logs."""
 
 from jaxmoe.exclusive import check_unused
+from jaxmoe.run_files import CHECKPOINT_DIRECTORY
 from jaxmoe.training.allocator import reuse_freed_memory
 from jaxmoe.training.checkpoints import Checkpoints, Storage, check_format
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
@@ -13,14 +14,15 @@ from jaxmoe.training.errors import (
     NoSpaceLeftError,
     TrainingError,
 )
-from jaxmoe.training.loop import CHECKPOINT_DIRECTORY, TrainResult, train
+from jaxmoe.training.loop import TrainResult, train
+from jaxmoe.training.method import Method, PreTraining, StepStoppedError
 from jaxmoe.training.metrics import METRICS_FILE, THROUGHPUT_FILE
 from jaxmoe.training.optimizer import decay_mask, make_optimizer
 from jaxmoe.training.policies import Retention
 from jaxmoe.training.progress import ProgressReporter
 from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.signals import StopRequest
-from jaxmoe.training.start import read_parameters, state_with_parameters, write_start
+from jaxmoe.training.start import check_start, read_parameters, read_start, state_with_parameters, write_start
 from jaxmoe.training.state import TrainState, abstract_state, init_state
 from jaxmoe.training.step import make_train_step
 from jaxmoe.training.watchdog import Watchdog
@@ -38,11 +40,14 @@ __all__ = [
     "EvaluationContext",
     "EvaluationStopped",
     "LossSpikeError",
+    "Method",
     "NoSpaceLeftError",
     "NonFiniteLossError",
+    "PreTraining",
     "ProgressReporter",
     "Resumed",
     "Retention",
+    "StepStoppedError",
     "StopRequest",
     "Storage",
     "TrainResult",
@@ -53,6 +58,7 @@ __all__ = [
     "averaging_window",
     "check_directory",
     "check_format",
+    "check_start",
     "check_unused",
     "claim_directory",
     "decay_mask",
@@ -62,6 +68,7 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "read_parameters",
+    "read_start",
     "reuse_freed_memory",
     "state_with_parameters",
     "train",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 # Parameters of mallopt(3), and their defaults.
 _TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD = -1, 128 * 1024
+_MMAP_THRESHOLD, _LARGE, _DEFAULT_MMAP_THRESHOLD = -3, 2**20, 2**25  # what the default has risen to in such programs
 _MMAP_MAX, _DEFAULT_MMAP_MAX = -4, 65536
 _ARENA_MAX = -8
 _NEVER = (1 << 31) - 1
@@ -35,8 +36,8 @@ def reuse_freed_memory() -> Iterator[bool]:
       allocator (`MALLOC_...`, `GLIBC_TUNABLES`).
     """
     global _depth
-    library = _glibc()
-    if library is None or any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+    library = _configurable()
+    if library is None:
         yield False
         return
     library.mallopt(_ARENA_MAX, 1)
@@ -51,6 +52,34 @@ def reuse_freed_memory() -> Iterator[bool]:
             library.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
             library.mallopt(_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
             library.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def give_back_freed_memory() -> Iterator[None]:
+    """Has the C library give large buffers back to the system as they are freed, also in `reuse_freed_memory`.
+
+    For what is done once and holds many large buffers one after another, such as reading a checkpoint: the heap keeps
+    their places between what stays, a third of the state in a restore of 640 MB.
+    """
+    library = _configurable()
+    if library is not None:
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
+    try:
+        yield
+    finally:
+        if library is not None:
+            library.mallopt(_MMAP_THRESHOLD, _DEFAULT_MMAP_THRESHOLD)
+            if _depth:
+                library.mallopt(_MMAP_MAX, 0)
+                library.mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def _configurable() -> ctypes.CDLL | None:
+    """The GNU C library, unless it is another one or the environment configures its allocator."""
+    if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+        return None
+    return _glibc()
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +22,8 @@ from jaxmoe.config import TrainConfig
 from jaxmoe.processes import alone, is_first, of_first, together
 from jaxmoe.storage import is_remote, read_json
 from jaxmoe.storage_faults import first_line, is_no_space
+from jaxmoe.training.allocator import give_back_freed_memory
+from jaxmoe.training.damage import DamageError, agreed_steps, finding, in_agreement
 from jaxmoe.training.errors import CheckpointError, no_space_left
 from jaxmoe.training.named_arrays import fingerprints, flat, named_arrays, nested, on_host, rebuilt
 from jaxmoe.training.policies import Retention, quality_of
@@ -39,10 +39,6 @@ UNREADABLE_DIRECTORY = "unreadable_checkpoints"
 
 _SMALLEST_LIMIT = 64 * 2**20
 _DATA_FILE_BYTES = 64 * 2**20  # of OCDBT, which holds a data file in memory until it is complete
-
-
-class _UnreadableError(Exception):
-    """What a checkpoint holds is not what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +158,8 @@ class Checkpoints:
         """The newest intact checkpoint; None if there is none at all.
 
         A checkpoint that is damaged, in that files are missing, cut or not what was written, is moved to the folder
-        `unreadable_checkpoints` next to this one, with a warning, and the one before it is taken.
+        `unreadable_checkpoints` next to this one, with a warning, and the one before it is taken. Of several processes
+        all take the same: what one finds damaged is damaged for all.
 
         Args:
           like: a state with the structure, shapes and placement that the run needs, of arrays or of
@@ -175,7 +172,7 @@ class Checkpoints:
           CheckpointError: a checkpoint is of a newer format or of another model, the way to it fails (then nothing is
             moved), or all of those there are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = agreed_steps(sorted(self._manager.all_steps(), reverse=True))
         damaged: dict[int, Exception] = {}
         for step in steps:
             try:
@@ -183,7 +180,7 @@ class Checkpoints:
             except (CheckpointError, MemoryError):
                 raise
             except Exception as wrapper:
-                if not (_is_damage(_told(wrapper)) or _is_of_content(_told(wrapper))):
+                if finding(wrapper) == "unreadable":
                     raise self._unreadable(step, wrapper) from wrapper
                 if strict:
                     raise CheckpointError(
@@ -197,7 +194,7 @@ class Checkpoints:
         if not steps:
             return None
         for step, wrapper in damaged.items():
-            if not _is_damage(_told(wrapper)):  # if none can be read, it may be this program that cannot
+            if finding(wrapper) != "damaged":  # if none can be read, it may be this program that cannot
                 raise self._unreadable(step, wrapper) from wrapper
         self._set_aside(damaged)
         raise CheckpointError(
@@ -238,13 +235,31 @@ class Checkpoints:
         """Opens Orbax's manager for arrays of which each, and all under way at once, take at most `limit` bytes."""
         if limit <= self._limit:
             return
-        ocp = self._ocp
         if self._manager is not None:
             self._manager.close()
         # Among some of the processes, even if it is all, Orbax agrees through JAX's coordination service; else through
         # the devices, which cannot be in a thread beside the training.
         several = {} if alone() else {"active_processes": set(range(jax.process_count()))}
-        processes = ocp.options.MultiprocessingOptions(**several)
+        self._manager = self._opened(
+            limit, self._ocp.options.MultiprocessingOptions(**several), self._retention
+        )
+        self._limit = limit
+
+    @contextlib.contextmanager
+    def _reader(self, limit: int) -> Iterator[Any]:
+        """A manager that reads by itself: where this process meets damage, Orbax would have the others wait for it."""
+        if alone():
+            self._open(limit)
+            yield self._manager
+            return
+        own = jax.process_index()
+        by_itself = self._ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        with self._opened(limit, by_itself, retention=None) as manager:
+            yield manager
+
+    def _opened(self, limit: int, processes: Any, retention: Retention | None) -> Any:
+        """An `orbax.checkpoint.CheckpointManager`, as `_open` and `_reader` say."""
+        ocp = self._ocp
         arrays = ocp.handlers.PyTreeCheckpointHandler(
             save_concurrent_gb=limit / 1e9,
             save_device_host_concurrent_gb=limit / 1e9,
@@ -255,7 +270,6 @@ class Checkpoints:
             enable_pinned_host_transfer=True,  # where the copies of `on_host` are: no second copy
             multiprocessing_options=processes,
         )
-        retention = self._retention
         options = ocp.CheckpointManagerOptions(
             create=False,
             multiprocessing_options=processes,
@@ -264,14 +278,13 @@ class Checkpoints:
             cleanup_tmp_directories=retention is not None,
             enable_async_checkpointing=False,  # `Saver` has a thread for it
         )
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
             options=options,
             item_handlers={
                 "state": arrays, "metadata": ocp.handlers.JsonCheckpointHandler(multiprocessing_options=processes),
             },
         )
-        self._limit = limit
 
     def _write(
         self, step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any], quality: float | None
@@ -299,28 +312,28 @@ class Checkpoints:
 
     def _read(self, step: int, like: Any, partial: bool, cast: bool) -> Restored:
         args = self._ocp.args
-        about = self._manager.restore(step, args=args.Composite(metadata=args.JsonRestore()))["metadata"]
-        _check_about(self.directory, step, about)
         wanted = named_arrays(like)
-        self._check_structure(step, about["arrays"], wanted, partial, cast)
-        self._open(_limit(wanted))
-        stored = flat(self._manager.item_metadata(step)["state"].tree)
-        target = {
-            name: jax.ShapeDtypeStruct(
-                array.shape, np.dtype(about["arrays"][name]["dtype"]),
-                sharding=read_sharding(array.shape, stored[name].storage.chunk_shape, array.sharding),
+        with in_agreement(), give_back_freed_memory(), self._reader(_limit(wanted)) as reader:
+            about = reader.restore(step, args=args.Composite(metadata=args.JsonRestore()))["metadata"]
+            _check_about(self.directory, step, about)
+            self._check_structure(step, about["arrays"], wanted, partial, cast)
+            stored = flat(reader.item_metadata(step)["state"].tree)
+            target = {
+                name: jax.ShapeDtypeStruct(
+                    array.shape, np.dtype(about["arrays"][name]["dtype"]),
+                    sharding=read_sharding(array.shape, stored[name].storage.chunk_shape, array.sharding),
+                )
+                for name, array in wanted.items()
+            }  # fmt: skip
+            tree = nested(target)
+            restore = args.PyTreeRestore(
+                tree, restore_args=self._ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=partial
             )
-            for name, array in wanted.items()
-        }  # fmt: skip
-        tree = nested(target)
-        restore = args.PyTreeRestore(
-            tree, restore_args=self._ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=partial
-        )
-        arrays = flat(self._manager.restore(step, args=args.Composite(state=restore))["state"])
-        arrays = {name: arrays[name] for name in wanted}
+            arrays = flat(reader.restore(step, args=args.Composite(state=restore))["state"])
+            arrays = {name: arrays[name] for name in wanted}
         for name, fingerprint in zip(arrays, np.asarray(fingerprints(arrays)), strict=True):
             if about["arrays"][name]["fingerprint"] != int(fingerprint):
-                raise _UnreadableError(f"array {name} differs from what was written")
+                raise DamageError(f"array {name} differs from what was written")
         for name, array in wanted.items():
             found = arrays[name]
             arrays[name] = resharded(found if found.dtype == array.dtype else found.astype(array.dtype), array.sharding)
@@ -389,19 +402,19 @@ def check_format(directory: epath.PathLike) -> None:
     step = max(ocp.path.step.checkpoint_steps(directory) if directory.exists() else (), default=None)
     if step is None:
         return
-    with contextlib.suppress(OSError, ValueError, _UnreadableError):
+    with contextlib.suppress(OSError, ValueError, DamageError):
         _check_about(directory, step, read_json(directory / str(step) / "metadata" / "metadata"))
 
 
 def _check_about(directory: epath.Path, step: int, about: Any) -> None:
     """Checks that a description is whole, and of a format that is known."""
     if not isinstance(about, dict) or not isinstance(about.get("format_version"), int):
-        raise _UnreadableError("its metadata are not a description of a checkpoint")
+        raise DamageError("its metadata are not a description of a checkpoint")
     own = {key: value for key, value in about.items() if key != "checksum"}
     whole = about.get("checksum") == _checksum(own)
     version = about["format_version"]
     if not whole and ("checksum" in about or version >= 2):
-        raise _UnreadableError("its metadata differ from what was written")
+        raise DamageError("its metadata differ from what was written")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"the checkpoint of step {step} in {directory} has format {version}, written by jaxmoe "
@@ -422,39 +435,16 @@ def _described(arrays: Mapping[str, jax.Array], marks: np.ndarray) -> dict[str, 
 
 
 def _limit(arrays: Mapping[str, Any]) -> int:
-    """Bytes that may be under way between storage and devices: a tenth of this host's share, or the largest shard."""
+    """Bytes that may be under way between storage and devices, or the largest shard.
+
+    A read holds up to three buffers of that size: chunks, what they are decoded into, and a copy for the device.
+    """
     sizes = [
         int(np.prod(array.sharding.shard_shape(array.shape), dtype=np.int64)) * array.dtype.itemsize
         * len(array.sharding.addressable_devices)
         for array in arrays.values()
     ]  # fmt: skip
-    return max(sum(sizes) // 10, max(sizes, default=0) + 1, _SMALLEST_LIMIT)
-
-
-def _told(error: BaseException) -> BaseException:
-    """What Orbax wraps in a bare `Exception` while it reads an array: the error that says what happened."""
-    while type(error) is Exception and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _is_damage(error: BaseException) -> bool:
-    """Whether an error says that files are missing, cut or changed, not that this machine could not read them."""
-    if isinstance(error, OSError):
-        return isinstance(error, FileNotFoundError | NotADirectoryError)
-    if isinstance(error, _UnreadableError | KeyError | json.JSONDecodeError | UnicodeDecodeError):
-        return True
-    of_the_system = re.search(r"OS error (\d+)", str(error))  # TensorStore has errors of the system as text
-    if of_the_system is not None and int(of_the_system[1]) != errno.ENOENT:
-        return False
-    return str(error).startswith(("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"))
-
-
-def _is_of_content(error: BaseException) -> bool:
-    """Whether an error is one of making sense of a file: of damage, if there are checkpoints that can be read."""
-    if re.match(r"[A-Z_]+: ", str(error)):  # as TensorStore's errors begin
-        return False
-    return isinstance(error, ValueError | TypeError | AttributeError | LookupError)
+    return max(sum(sizes) // 24, max(sizes, default=0) + 1, _SMALLEST_LIMIT)
 
 
 def _both_float(*names: str) -> bool:

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 TENSORBOARD_DIRECTORY = "tensorboard"
 
 _ORDER = (
-    "loss", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
+    "loss", "reward", "equal_groups", "response_tokens_mean", "response_tokens_max", "truncated_fraction", "kl",
+    "clip_fraction", "entropy", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
     "dropped_fraction", "overflow_fraction", "load_max_over_mean", "load_cv",
 )  # fmt: skip
 _COUNTS = ("dead_experts", "tokens", "skipped", "spikes")
@@ -49,13 +50,15 @@ def metrics_line(step: int, metrics: Mapping[str, Any], source_names: Sequence[s
       source_names: of the mixture, in its order; their losses become `loss/NAME`.
 
     Returns:
-      `step`, the scalars, and the loss of every source, None where the batch has none of it or where a number is not
-      finite.
+      `step`, the scalars, and the loss or reward of every source, None where the batch has none of it or where a
+      number is not finite.
     """
     line: dict[str, float | int | None] = {"step": step}
     line.update((name, plain_number(metrics[name])) for name in _ORDER if name in metrics)
-    losses = np.asarray(metrics["source_loss"])
-    line.update((f"loss/{name}", plain_number(loss)) for name, loss in zip(source_names, losses, strict=True))
+    for of_source, name in (("source_loss", "loss"), ("source_reward", "reward")):
+        if of_source in metrics:
+            values = zip(source_names, np.asarray(metrics[of_source]), strict=True)
+            line.update((f"{name}/{source}", plain_number(value)) for source, value in values)
     line.update((name, int(np.asarray(metrics[name]))) for name in _COUNTS if name in metrics)
     return line
 

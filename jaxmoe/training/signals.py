@@ -46,10 +46,6 @@ class StopRequest:
         """Name of the signal, such as `SIGTERM`; None as long as there was none."""
         return self._signal if alone() else self._agreed
 
-    @requested.setter
-    def requested(self, name: str | None) -> None:
-        self._signal = name
-
     def ask(self) -> Array | None:
         """Asks all processes whether one was signalled; the answer is for `learn`, and on its way meanwhile."""
         if alone():

@@ -10,13 +10,16 @@ import jax
 from etils import epath
 from flax import nnx
 
-from jaxmoe.config import ConfigError, MeshConfig, RunConfig, config_hash
+from jaxmoe.config import ConfigError, MeshConfig, ModelConfig, RunConfig, config_hash, from_dict
 from jaxmoe.data import Mixture
 from jaxmoe.exclusive import exclusive
+from jaxmoe.models import Decoder
 from jaxmoe.processes import is_first, together
+from jaxmoe.run_files import CHECKPOINT_DIRECTORY, CONFIG_FILE
 from jaxmoe.sharding import Partitioning, make_partitioning, use_partitioning
+from jaxmoe.storage import as_path, read_json
 from jaxmoe.training.checkpoints import Checkpoints, Storage
-from jaxmoe.training.loop import CHECKPOINT_DIRECTORY
+from jaxmoe.training.named_arrays import named_arrays
 from jaxmoe.training.optimizer import make_optimizer
 from jaxmoe.training.policies import Retention
 from jaxmoe.training.state import TrainState, abstract_state, initial_state, relevant_to_step
@@ -125,3 +128,63 @@ def read_parameters(
     if restored is None:
         raise ConfigError(f"{directory} has no checkpoint; train the run first, or give the folder of another.")
     return restored.step, nnx.merge(graphdef, restored.state.params, restored.state.others)
+
+
+def check_start(run: RunConfig) -> None:
+    """Checks that `run.start_from` has parameters of the run's model; reads its configuration alone.
+
+    Raises:
+      ConfigError: no such folder, no checkpoint in it, or one of another shape; the folder is named.
+    """
+    directory = as_path(run.start_from)
+    if not directory.is_dir():
+        raise ConfigError(f"start_from={run.start_from}: no such folder; give the run directory of a trained member.")
+    folder = directory / CHECKPOINT_DIRECTORY
+    if not folder.is_dir() or not any(path.name.isdecimal() for path in folder.iterdir()):
+        raise ConfigError(f"start_from={run.start_from} has no checkpoint; train that run first.")
+    try:
+        there = from_dict(ModelConfig, read_json(directory / CONFIG_FILE)["model"], "model")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"start_from={run.start_from}: its {CONFIG_FILE} cannot be read: {error}") from error
+    old, new = _shapes(there), _shapes(run.model)
+    for name in dict.fromkeys([*new, *old]):
+        if old.get(name) != new.get(name):
+            raise ConfigError(
+                f"start_from={run.start_from} is of another model: {name} is {old.get(name, 'absent')} there and "
+                f"{new.get(name, 'absent')} in this configuration. Give the run directory of a model of this shape."
+            )
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    graph = nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))
+    return {name: array.shape for name, array in named_arrays(nnx.state(graph, nnx.Param)).items()}
+
+
+def read_start(run: RunConfig, partitioning: Partitioning | None = None) -> tuple[int, nnx.State, nnx.State]:
+    """The variables of the newest checkpoint in `run.start_from`, spread as training has them.
+
+    Args:
+      run: the configuration.
+      partitioning: of the run; None for one device.
+
+    Returns:
+      The checkpoint's step, the parameters, and the model's other variables.
+
+    Raises:
+      ConfigError: there is none, or it is of another model.
+      CheckpointError: it cannot be read.
+    """
+    check_start(run)
+    like = abstract_state(run, partitioning)[1]
+    like = dataclasses.replace(
+        like, step=None, opt_state=None, key=None, skipped=None, skipped_in_a_row=None, recent=None, spikes=None
+    )
+    with Checkpoints(as_path(run.start_from) / CHECKPOINT_DIRECTORY) as checkpoints:
+        restored = checkpoints.restore(like, strict=True, partial=True)
+    return restored.step, restored.state.params, restored.state.others
+
+
+def started_state(run: RunConfig, partitioning: Partitioning | None = None) -> tuple[int, TrainState]:
+    """The step of `run.start_from`, and the state before the first step with its variables."""
+    step, params, others = read_start(run, partitioning)
+    return step, dataclasses.replace(state_with_parameters(run, params, partitioning), others=others)

@@ -19,13 +19,14 @@ from jaxtyping import Array, Float
 
 from jaxmoe.config import ModelConfig, TrainConfig
 from jaxmoe.layers import RouterStatistics, auxiliary_losses, load_metrics
-from jaxmoe.layers.expert_parallel import compiler_options
+from jaxmoe.layers.expert_parallel import compiler_options as exchange_options
 from jaxmoe.models import Decoder, language_model_loss
 from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use, rows_here, use_partitioning
 from jaxmoe.training.optimizer import make_optimizer
 from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.spikes import find_spike
 from jaxmoe.training.state import RecentSums, TrainState, abstract_shardings, model_graph, relevant_to_step
+from pallas_kernels import compiler_options as kernel_options
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
@@ -192,8 +193,9 @@ def _compiled_step(
         }
         return following, metrics
 
+    options = kernel_options() if model.num_moe_layers else {}
     if partitioning is None:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, compiler_options=options or None)
 
     def step_on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_partitioning(partitioning):
@@ -202,12 +204,13 @@ def _compiled_step(
     # Pinned: left to itself, the compiler may return moments spread otherwise than they came.
     shardings = abstract_shardings(model, train, num_sources, partitioning)
     everywhere = partitioning.sharding((), ())
-    overlapped = model.moe is not None and model.moe.expert_overlap
+    if model.num_moe_layers and model.moe.expert_overlap:
+        options |= exchange_options(partitioning)
     return jax.jit(
         step_on_mesh,
         donate_argnums=0,
         out_shardings=(shardings, everywhere),
-        compiler_options=compiler_options(partitioning) if overlapped else None,
+        compiler_options=options or None,
     )
 
 

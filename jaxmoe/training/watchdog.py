@@ -18,6 +18,8 @@ import jax
 from etils import epath
 
 from jaxmoe.exit_status import RESUMABLE
+from jaxmoe.liveness import heard_by
+from jaxmoe.processes import alone, counted
 from jaxmoe.storage import write_text
 
 PATIENCE = 3
@@ -26,13 +28,7 @@ PATIENCE = 3
 _LONGEST_POLL_SECONDS = 1.0
 _SECONDS_TO_TELL = 10.0
 
-_current: Watchdog | None = None
-
-
-def beat() -> None:
-    """Something moved, such as a batch of an evaluation: time begins anew, if a watchdog is there."""
-    if _current is not None:
-        _current.beat()
+_SECONDS_TO_ASK = 10.0
 
 
 class Watchdog:
@@ -40,9 +36,10 @@ class Watchdog:
 
     It then writes the stacks of all threads to stderr and to `watchdog-<process>.txt` in the run directory, and exits
     with `jaxmoe.exit_status.RESUMABLE`; what a kill would leave is left. Until the first step, in an evaluation, and
-    while a checkpoint is read, begun or finished, the limit is `PATIENCE` times as long. Time in which the process
-    itself is stopped, as by Ctrl-Z, does not count. A thread that hangs without ever letting go of Python's lock is
-    not noticed.
+    while a checkpoint is read, begun or finished, the limit is `PATIENCE` times as long. What moves inside of another
+    watchdog that is opened meanwhile moves for this one, and so does what moves in another process of the run, which
+    this one may be waiting for. Time in which the process itself is stopped, as by Ctrl-Z, does not count. A thread
+    that hangs without ever letting go of Python's lock is not noticed.
 
     Args:
       directory: of the run.
@@ -54,6 +51,8 @@ class Watchdog:
         self._seconds = None if minutes is None else 60 * minutes
         self._doing, self._patience = "starting", PATIENCE
         self._last_beat = object()
+        self._hearing = contextlib.ExitStack()
+        self._outer: Callable[[], None] | None = None
         self._closed = threading.Event()
 
     def step(self, number: int) -> None:
@@ -64,6 +63,8 @@ class Watchdog:
     def beat(self) -> None:
         """Something moved."""
         self._last_beat = object()
+        if self._outer is not None:
+            self._outer()
 
     @contextlib.contextmanager
     def patient(self, doing: str) -> Iterator[None]:
@@ -82,21 +83,22 @@ class Watchdog:
             self.beat()
 
     def __enter__(self) -> Watchdog:
-        global _current
-        self._outer, _current = _current, self
+        self._outer = self._hearing.enter_context(heard_by(self.beat))
         if self._seconds is not None:
             threading.Thread(target=self._watch, args=(self._seconds,), name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
-        global _current
-        _current = self._outer
+        self._hearing.close()
         self._closed.set()
 
     def _watch(self, seconds: float) -> None:
         poll = min(_LONGEST_POLL_SECONDS, seconds / 10)
         seen, quiet = None, 0.0
+        others = None if alone() else _Others(min(_SECONDS_TO_ASK, seconds / 10))
         while not self._closed.wait(poll):
+            if others is not None and others.moved(self._last_beat, poll):
+                quiet = 0.0
             if self._last_beat is seen:
                 quiet += poll  # not what the clock says: while the process is stopped, nothing can move
             else:
@@ -120,6 +122,35 @@ class Watchdog:
         for thread in threads:
             thread.join(_SECONDS_TO_TELL)
         os._exit(RESUMABLE)
+
+
+class _Others:
+    """Whether anything moved in the other processes: all count what moved in them together.
+
+    Args:
+      seconds: between two questions.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds, self._since, self._seen, self._count = seconds, 0.0, None, 0
+
+    def moved(self, own: object, passed: float) -> bool:
+        """Whether more was counted since the last question than this process's own beat.
+
+        Args:
+          own: the last beat of this process.
+          passed: seconds since the last call.
+        """
+        self._since += passed
+        if self._since < self._seconds:
+            return False
+        more = int(own is not self._seen)
+        self._since, self._seen = 0.0, own
+        count = counted("moved", more)
+        if count is None:
+            return False
+        moved, self._count = count - more > self._count, count
+        return moved
 
 
 def _stacks() -> str:

@@ -29,17 +29,22 @@ def _bytes(tile: Tile, experts_per_token: int, width: int, itemsize: int) -> int
 
 
 def combine_tile(experts_per_token: int, width: int, itemsize: int, chip: str | None) -> Tile:
-    """256 tokens, fewer (at least 16) where two buffers of their K rows would fill half of VMEM."""
-    del chip
+    """256 tokens, fewer (at least 16) where two buffers of their K rows would fill half of VMEM.
+
+    Raises:
+      Misfit: so many and so long rows that those of 16 tokens are too many: of v4, 16 of 8,192 float32 numbers.
+    """
     tokens = 256
-    while tokens > 16 and _bytes(Tile(tokens), experts_per_token, width, itemsize) > mosaic.VMEM_BUDGET // 2:
+    while tokens > 16 and _bytes(Tile(tokens), experts_per_token, width, itemsize) > mosaic.vmem_budget(chip) // 2:
         tokens //= 2
+    needed = _bytes(Tile(tokens), experts_per_token, width, itemsize)
+    mosaic.require_room_for_rows(tokens * experts_per_token, width, itemsize, needed, chip)
     return Tile(tokens)
 
 
-def _fitted(tile: Tile, experts_per_token: int, width: int, itemsize: int) -> Tile:
+def _fitted(tile: Tile, experts_per_token: int, width: int, itemsize: int, chip: str | None) -> Tile:
     mosaic.require_multiple("tokens", tile.tokens, 16)
-    mosaic.require_room(_bytes(tile, experts_per_token, width, itemsize))
+    mosaic.require_room(_bytes(tile, experts_per_token, width, itemsize), chip)
     return tile
 
 
@@ -114,7 +119,7 @@ def sum_rows(
             out_specs=pl.BlockSpec((block, width), lambda i, _: (i, 0)),
             scratch_shapes=[pltpu.VMEM((2, block * k, *lanes.shape[1:]), rows.dtype), pltpu.SemaphoreType.DMA((2,))],
         ),
-        compiler_params=mosaic.compiler_params("arbitrary"),
+        compiler_params=mosaic.compiler_params(target.chip, "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * k * width,
             transcendentals=0,

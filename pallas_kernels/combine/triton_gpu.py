@@ -32,8 +32,8 @@ def sum_tile(experts_per_token: int, width: int, itemsize: int) -> Tile:
     return Tile(max(1, 2048 // columns), columns, min(experts_per_token, 8), 4)
 
 
-def _fitted(tile: Tile, experts_per_token: int, width: int, itemsize: int) -> Tile:
-    del itemsize
+def _fitted(tile: Tile, experts_per_token: int, width: int, itemsize: int, chip: str | None) -> Tile:
+    del itemsize, chip
     choices = min(tile.choices, experts_per_token)
     return triton.fitted(tile._replace(choices=1), columns=width)._replace(choices=choices)
 

@@ -31,15 +31,21 @@ def _bytes(tile: Tile, width: int, itemsize: int) -> int:
 
 
 def dispatch_tile(width: int, itemsize: int, chip: str | None) -> Tile:
-    """256 rows, 128 where three buffers of them would fill VMEM."""
-    del chip
+    """256 rows, 128 where three buffers of them would fill VMEM.
+
+    Raises:
+      Misfit: rows so long that 128 are too many: of v4, from 5,462 float32 numbers on.
+    """
     tile = Tile(256)
-    return tile if _bytes(tile, width, itemsize) <= mosaic.VMEM_BUDGET else Tile(128)
+    if _bytes(tile, width, itemsize) <= mosaic.vmem_budget(chip):
+        return tile
+    mosaic.require_room_for_rows(128, width, itemsize, _bytes(Tile(128), width, itemsize), chip)
+    return Tile(128)
 
 
-def _fitted(tile: Tile, width: int, itemsize: int) -> Tile:
+def _fitted(tile: Tile, width: int, itemsize: int, chip: str | None) -> Tile:
     mosaic.require_multiple("rows", tile.rows, mosaic.LANES)
-    mosaic.require_room(_bytes(tile, width, itemsize))
+    mosaic.require_room(_bytes(tile, width, itemsize), chip)
     return tile
 
 
@@ -97,7 +103,7 @@ def gather_tokens(x: jax.Array, token: jax.Array, num_routed: jax.Array, target:
             out_specs=pl.BlockSpec((block, width), lambda i, _: (i, 0)),
             scratch_shapes=[pltpu.VMEM((2, block, *lanes.shape[1:]), x.dtype), pltpu.SemaphoreType.DMA((2,))],
         ),
-        compiler_params=mosaic.compiler_params("arbitrary"),
+        compiler_params=mosaic.compiler_params(target.chip, "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=2 * num_rows * width * x.dtype.itemsize + 4 * num_rows
         ),

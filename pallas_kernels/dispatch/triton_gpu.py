@@ -30,8 +30,8 @@ def gather_tile(width: int, itemsize: int) -> Tile:
     return Tile(max(1, 8 * 128 * 16 // (columns * itemsize)), columns, 4)
 
 
-def _fitted(tile: Tile, width: int, itemsize: int) -> Tile:
-    del itemsize
+def _fitted(tile: Tile, width: int, itemsize: int, chip: str | None) -> Tile:
+    del itemsize, chip
     return triton.fitted(tile, columns=width)
 
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.backend import kernels, resolved_backend
-from pallas_kernels.checks import require, require_float, require_rank, require_same_dtype
+from pallas_kernels.checks import require, require_float, require_native_dtype, require_rank, require_same_dtype
 from pallas_kernels.execution import PLATFORMS, Target, target_of
-from pallas_kernels.grouped_matmul import ragged_dot, reference, xla_cpu
+from pallas_kernels.grouped_matmul import cpu_native, ragged_dot, reference, xla_cpu
 from pallas_kernels.varying import alike
 
-_XLA = {"cpu": xla_cpu, "ragged_dot": ragged_dot}
+_XLA = {"cpu": xla_cpu, "cpu_native": cpu_native, "ragged_dot": ragged_dot}
 
 
 def grouped_matmul(
@@ -42,6 +42,7 @@ def grouped_matmul(
     """
     target = target_of(resolved_backend(backend))
     _check(rows, weights, group_sizes, transpose_weights)
+    require_native_dtype(target.backend, rows=rows)
     if rows.shape[0] == 0:
         return jnp.zeros((0, weights.shape[1 if transpose_weights else 2]), rows.dtype)
     group_sizes = _within(group_sizes, rows.shape[0])

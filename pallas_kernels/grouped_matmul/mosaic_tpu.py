@@ -64,7 +64,7 @@ def product_tile(
     outer = _halved(_half_for_each_core(out, chip, least), 2048)
     inner = _halved(contracted, 4096)
     tile = Tile(row_tile(rows_per_group, weights_stay=inner == contracted), inner, outer)
-    while _product_bytes(tile, itemsize) > mosaic.VMEM_BUDGET:
+    while _product_bytes(tile, itemsize) > mosaic.vmem_budget(chip):
         rows, inner, outer = tile
         if outer > least and (outer > 512 or outer >= inner):
             tile = Tile(rows, inner, max(least, _next_smaller(outer)))
@@ -96,28 +96,38 @@ def _cut(tile: Tile, contracted: int, out: int, least_out: int) -> Tile:
 
 
 def _fitted_product(
-    tile: Tile, rows_per_group: int, contracted: int, out: int, in_lanes: int, itemsize: int
+    tile: Tile, rows_per_group: int, contracted: int, out: int, in_lanes: int, itemsize: int, chip: str | None
 ) -> Tile:
     del rows_per_group
     tile = _cut(tile, contracted, out, 1024 if in_lanes else mosaic.LANES)
-    mosaic.require_room(_product_bytes(tile, itemsize))
+    mosaic.require_room(_product_bytes(tile, itemsize), chip)
     return tile
 
 
 def weight_gradient_tile(rows_per_group: int, contracted: int, out: int, itemsize: int, chip: str | None) -> Tile:
-    """Up to 1024 x 1024 of a gradient at a time: it is summed in float32 in VMEM."""
+    """Up to 1024 x 1024 of a gradient at a time: it is summed in float32 in VMEM. Less where VMEM is small."""
     outer = _halved(out, 1024)
     if contracted <= 1024 and outer == out:
         outer = _half_for_each_core(out, chip, mosaic.LANES)
-    return Tile(row_tile(rows_per_group, weights_stay=False), _halved(contracted, 1024), outer)
+    tile = Tile(row_tile(rows_per_group, weights_stay=False), _halved(contracted, 1024), outer)
+    while _weight_gradient_bytes(tile, itemsize) > mosaic.vmem_budget(chip) and max(tile[1:]) > mosaic.LANES:
+        rows, inner, outer = tile
+        tile = Tile(rows, inner, _next_smaller(outer)) if outer >= inner else Tile(rows, _next_smaller(inner), outer)
+    return tile
 
 
-def _fitted_weight_gradient(tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int) -> Tile:
-    del rows_per_group
-    tile = _cut(tile, contracted, out, mosaic.LANES)
+def _weight_gradient_bytes(tile: Tile, itemsize: int) -> int:
     rows, inner, outer = tile
     split = 6 if itemsize == 4 else 0
-    mosaic.require_room((2 * itemsize + split) * rows * (inner + outer) + (2 * itemsize + 8) * inner * outer)
+    return (2 * itemsize + split) * rows * (inner + outer) + (2 * itemsize + 8) * inner * outer
+
+
+def _fitted_weight_gradient(
+    tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int, chip: str | None
+) -> Tile:
+    del rows_per_group
+    tile = _cut(tile, contracted, out, mosaic.LANES)
+    mosaic.require_room(_weight_gradient_bytes(tile, itemsize), chip)
     return tile
 
 
@@ -256,7 +266,7 @@ def product(
             out_specs=out_spec,
             scratch_shapes=[pltpu.VMEM((tile.rows, tile.out), jnp.float32)] if steps > 1 else [],
         ),
-        compiler_params=mosaic.compiler_params("parallel", "arbitrary", "arbitrary"),
+        compiler_params=mosaic.compiler_params(target.chip, "parallel", "arbitrary", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * most_visits * tile.rows * width * out_width,
             transcendentals=0,
@@ -347,7 +357,7 @@ def weight_gradient(
             scratch_shapes=[pltpu.VMEM((tile.contracted, tile.out), jnp.float32)],
         ),
         input_output_aliases={} if previous is None else {6: 0},  # after four arrays of visits and two operands
-        compiler_params=mosaic.compiler_params("parallel", "parallel", "arbitrary"),
+        compiler_params=mosaic.compiler_params(target.chip, "parallel", "parallel", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * most_visits * tile.rows * width * out_width,
             transcendentals=0,

@@ -66,15 +66,19 @@ def _cut(tile: Tile, contracted: int, out: int) -> Tile:
     return triton.fitted(tile, contracted=contracted, out=out)
 
 
-def _fitted_product(tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int) -> Tile:
-    del rows_per_group
+def _fitted_product(
+    tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int, chip: str | None
+) -> Tile:
+    del rows_per_group, chip
     tile = _cut(tile, contracted, out)
     triton.require_room(tile.stages * tile.contracted * (tile.rows + tile.out) * itemsize)
     return tile
 
 
-def _fitted_weight_gradient(tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int) -> Tile:
-    del rows_per_group
+def _fitted_weight_gradient(
+    tile: Tile, rows_per_group: int, contracted: int, out: int, itemsize: int, chip: str | None
+) -> Tile:
+    del rows_per_group, chip
     tile = _cut(tile, contracted, out)
     triton.require_room(tile.stages * tile.rows * (tile.contracted + tile.out) * itemsize)
     return tile

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import resolved_backend
-from pallas_kernels.checks import require, require_float, require_rank, require_same_dtype
+from pallas_kernels.checks import require, require_float, require_native_dtype, require_rank, require_same_dtype
 from pallas_kernels.combine.api import combine
 from pallas_kernels.dispatch.api import dispatch
 from pallas_kernels.execution import PLATFORMS, target_of
 from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.moe_mlp import kernels, reference, xla_cpu
+from pallas_kernels.moe_mlp import cpu_native, kernels, reference, xla_cpu
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.varying import alike
 
@@ -43,7 +43,7 @@ def moe_mlp(
       plan: of `make_plan` for the same index, if it is there already; then without mask and capacity, which it
         holds.
       recompute: keep nothing but the inputs for the backward pass, which computes the up product again
-        (backends `cpu`, `tpu` and `gpu`; the others keep what autodiff keeps).
+        (backends `cpu`, `cpu_native`, `tpu` and `gpu`; the others keep what autodiff keeps).
       backend: `auto` or one of `BACKENDS`.
 
     Returns:
@@ -56,6 +56,7 @@ def moe_mlp(
     backend = target.backend
     expert_index = jnp.asarray(expert_index)
     _check(x, expert_index, gate, w_gate_up, w_down)
+    require_native_dtype(backend, x=x)
     num_experts = w_gate_up.shape[0]
     if plan is None:
         plan = make_plan(expert_index, num_experts, capacity=capacity, mask=mask)
@@ -75,6 +76,8 @@ def moe_mlp(
             return reference.moe_mlp(x, plan, gate, w_gate_up, w_down)
         if backend == "cpu":
             return xla_cpu.moe_mlp(recompute, x, plan, gate, w_gate_up, w_down)
+        if backend == "cpu_native":
+            return cpu_native.moe_mlp(recompute, x, plan, gate, w_gate_up, w_down)
         if backend in PLATFORMS:
             return kernels.moe_mlp(target, recompute, x, plan, gate, w_gate_up, w_down)
         hidden = grouped_matmul(dispatch(x, plan, backend=backend), w_gate_up, plan.group_sizes, backend=backend)

@@ -50,14 +50,16 @@ def _hidden_gradient_bytes(tile: Tile, width: int, hidden: int, itemsize: int) -
     return resident + 2 * width * columns * itemsize + 32 * rows * columns + split * width * (rows + columns)
 
 
-def _first_that_fits(rows_per_group: int, hidden: int, bytes_of: Callable[[Tile], int]) -> Tile | None:
+def _first_that_fits(
+    rows_per_group: int, hidden: int, budget: int, bytes_of: Callable[[Tile], int]
+) -> Tile | None:
     whole = Tile(row_tile(rows_per_group, weights_stay=True), hidden)
-    if hidden <= 1024 and hidden % mosaic.LANES == 0 and bytes_of(whole) <= mosaic.VMEM_BUDGET:
+    if hidden <= 1024 and hidden % mosaic.LANES == 0 and bytes_of(whole) <= budget:
         return whole
     rows = row_tile(rows_per_group, weights_stay=False)
     while rows >= mosaic.LANES:
         for columns in (1024, 512, 256, 128):
-            if hidden % columns == 0 and bytes_of(Tile(rows, columns)) <= mosaic.VMEM_BUDGET:
+            if hidden % columns == 0 and bytes_of(Tile(rows, columns)) <= budget:
                 return Tile(rows, columns)
         rows //= 2
     return None
@@ -71,16 +73,19 @@ def up_tile(
 
     None where F is no multiple of 128 or no such tile fits: then it runs as gather, product and activation.
     """
-    del chip
-    return _first_that_fits(
-        rows_per_group, hidden, lambda tile: _up_bytes(tile, width, hidden, save_hidden, itemsize)
-    )
+    def bytes_of(tile: Tile) -> int:
+        return _up_bytes(tile, width, hidden, save_hidden, itemsize)
+
+    return _first_that_fits(rows_per_group, hidden, mosaic.vmem_budget(chip), bytes_of)
 
 
 def hidden_gradient_tile(rows_per_group: int, width: int, hidden: int, itemsize: int, chip: str | None) -> Tile | None:
     """As `up_tile`; without a tile it runs as product and elementwise part."""
-    del chip
-    return _first_that_fits(rows_per_group, hidden, lambda tile: _hidden_gradient_bytes(tile, width, hidden, itemsize))
+
+    def bytes_of(tile: Tile) -> int:
+        return _hidden_gradient_bytes(tile, width, hidden, itemsize)
+
+    return _first_that_fits(rows_per_group, hidden, mosaic.vmem_budget(chip), bytes_of)
 
 
 def _cut(tile: Tile, hidden: int) -> Tile:
@@ -92,17 +97,21 @@ def _cut(tile: Tile, hidden: int) -> Tile:
     return tile
 
 
-def _fitted_up(tile: Tile, rows_per_group: int, width: int, hidden: int, save_hidden: int, itemsize: int) -> Tile:
+def _fitted_up(
+    tile: Tile, rows_per_group: int, width: int, hidden: int, save_hidden: int, itemsize: int, chip: str | None
+) -> Tile:
     del rows_per_group
     tile = _cut(tile, hidden)
-    mosaic.require_room(_up_bytes(tile, width, hidden, save_hidden, itemsize))
+    mosaic.require_room(_up_bytes(tile, width, hidden, save_hidden, itemsize), chip)
     return tile
 
 
-def _fitted_hidden_gradient(tile: Tile, rows_per_group: int, width: int, hidden: int, itemsize: int) -> Tile:
+def _fitted_hidden_gradient(
+    tile: Tile, rows_per_group: int, width: int, hidden: int, itemsize: int, chip: str | None
+) -> Tile:
     del rows_per_group
     tile = _cut(tile, hidden)
-    mosaic.require_room(_hidden_gradient_bytes(tile, width, hidden, itemsize))
+    mosaic.require_room(_hidden_gradient_bytes(tile, width, hidden, itemsize), chip)
     return tile
 
 
@@ -242,7 +251,7 @@ def up(
                 pltpu.VMEM((size, width), x.dtype),
             ],
         ),
-        compiler_params=mosaic.compiler_params("arbitrary", "arbitrary"),
+        compiler_params=mosaic.compiler_params(target.chip, "arbitrary", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * most_visits * size * width * fused,
             transcendentals=num_rows * hidden_width,
@@ -368,7 +377,7 @@ def hidden_gradient(
         # Operand 5, after three arrays of visits, the output's gradient and the gate. Pallas' interpreters cannot alias
         # an array that they pad to whole blocks.
         input_output_aliases={} if target.interpret and num_rows % size else {5: 0},
-        compiler_params=mosaic.compiler_params("arbitrary", "arbitrary"),
+        compiler_params=mosaic.compiler_params(target.chip, "arbitrary", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * most_visits * size * width * hidden_width,
             transcendentals=num_rows * hidden_width,

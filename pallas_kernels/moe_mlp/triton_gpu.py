@@ -23,30 +23,32 @@ from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of
 
 
-def up_tile(num_rows: int, num_groups: int, width: int, hidden: int, itemsize: int) -> Tile:
-    """Half the columns of a plain product: each program holds two of them."""
-    rows = row_tile(num_rows, num_groups)
+def up_tile(rows_per_group: int, width: int, hidden: int, save_hidden: int, itemsize: int, chip: str | None) -> Tile:
+    """Half the columns of a plain product: each program holds two of them.
+
+    Half of those again on Blackwell where both products are kept: its sums come from the tensor cores' own memory at
+    the end, and with all the addresses that they go to they take more registers than there are (ptxas 12.9).
+    """
+    rows = row_tile(rows_per_group, 1)
     if itemsize == 4:
         return Tile(min(rows, 64), triton.side(width, 16), triton.side(hidden, 32), 4, 2)
     columns = triton.side(hidden, 128 if rows == 128 else 64)
-    return Tile(rows, triton.side(width, 64), columns, 8 if rows * columns > 128 * 64 else 4, 3)
+    warps = 8 if rows * columns > 128 * 64 else 4
+    if chip == "b200" and save_hidden and rows == 128:
+        columns, warps = min(columns, 64), 8
+    return Tile(rows, triton.side(width, 64), columns, warps, 3)
 
 
-def _fitted_up(tile: Tile, rows_per_group: int, width: int, hidden: int, save_hidden: int, itemsize: int) -> Tile:
-    del rows_per_group, save_hidden
+def _fitted_up(
+    tile: Tile, rows_per_group: int, width: int, hidden: int, save_hidden: int, itemsize: int, chip: str | None
+) -> Tile:
+    del rows_per_group, save_hidden, chip
     tile = triton.fitted(tile, contracted=width, out=hidden)
     triton.require_room(tile.stages * tile.contracted * (tile.rows + 2 * tile.out) * itemsize)
     return tile
 
 
-UP = Tiling(
-    "moe_up",
-    Tile,
-    lambda rows_per_group, width, hidden, save_hidden, itemsize, chip: up_tile(
-        rows_per_group, 1, width, hidden, itemsize
-    ),
-    _fitted_up,
-)
+UP = Tiling("moe_up", Tile, up_tile, _fitted_up)
 
 
 class _Block(NamedTuple):
@@ -169,8 +171,10 @@ def hidden_gradient_tile(num_rows: int, num_groups: int, width: int, hidden: int
     return Tile(rows, triton.side(width, 64), triton.side(hidden, 64 if rows == 128 else 128), 8 if rows > 16 else 4, 3)
 
 
-def _fitted_hidden_gradient(tile: Tile, rows_per_group: int, width: int, hidden: int, itemsize: int) -> Tile:
-    del rows_per_group
+def _fitted_hidden_gradient(
+    tile: Tile, rows_per_group: int, width: int, hidden: int, itemsize: int, chip: str | None
+) -> Tile:
+    del rows_per_group, chip
     tile = triton.fitted(tile, contracted=width, out=hidden)
     triton.require_room(tile.stages * tile.contracted * (tile.rows + tile.out) * itemsize)
     return tile

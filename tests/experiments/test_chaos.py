@@ -38,11 +38,12 @@ def get_config():
 """
 
 
-def chaos(folder, *arguments):
+def chaos(folder, *arguments, devices=1):
     (folder / "tiny.py").write_text(CONFIG)
+    xla = {} if devices == 1 else {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return subprocess.run(
         [sys.executable, "-m", "experiments.chaos", f"--config={folder / 'tiny.py'}", *arguments],
-        cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
+        cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"} | xla, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -71,6 +72,17 @@ def test_the_log_has_every_step_once(killed):
     folder, _ = killed
     lines = (folder / "killed" / "E4" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
+
+
+def test_on_a_mesh_of_eight_devices_the_end_is_as_undisturbed(tmp_path):
+    """Parameters over fsdp, experts over expert."""
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.expert=4", "--config.train.batch_size=8")
+    few = ("--config.train.steps=24", "--config.train.checkpoint_every=5", "--config.evaluation.points=1",
+           "--config.evaluation.generate=False")  # fmt: skip
+    done = chaos(tmp_path, "--member=E4", "--kills=2", "--signals=KILL,TERM", *mesh, *few, devices=8)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "killed 2 of 2 times: 24 steps" in done.stdout
+    assert done.stdout.splitlines()[-1] == "bit-identical to the undisturbed run"
 
 
 def test_what_differs_is_found(killed, tmp_path):

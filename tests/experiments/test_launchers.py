@@ -33,6 +33,15 @@ def test_preemption_is_no_failure_as_long_as_the_job_gets_on(ends, outcomes):
     assert [attempts.after(status, step) for status, step in ends] == outcomes
 
 
+def test_an_end_by_the_runtime_of_one_of_several_processes_is_a_preemption():
+    """By SIGABRT; a process that is alone aborts for reasons of its own."""
+    for status in (-signal.SIGABRT, 134):
+        assert job.as_preempted(status, processes=2) == job.PREEMPTED
+        assert job.as_preempted(status, processes=1) == status
+    assert job.as_preempted(-signal.SIGKILL, processes=2) == -signal.SIGKILL
+    assert job.as_preempted(1, processes=2) == 1
+
+
 def test_an_exit_is_explained(tmp_path):
     log = tmp_path / "log"
     log.write_text("E8: step 3/9\nerror: the disk is full\n\n")
@@ -245,13 +254,14 @@ def test_a_jobset_has_what_gke_and_jobset_read():
     spec = replicated["template"]["spec"]
     assert (spec["parallelism"], spec["completions"], spec["completionMode"]) == (16, 16, "Indexed")
     assert spec["backoffLimit"] == 0
-    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["FailJob"] * 3
+    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["FailJob"] * 4
     assert [rule.get("onExitCodes") for rule in spec["podFailurePolicy"]["rules"]] == [
         {"containerName": "train", "operator": "In", "values": [2]},
         {"containerName": "train", "operator": "In", "values": [75]},
+        {"containerName": "train", "operator": "In", "values": [134]},
         None,
     ]
-    assert spec["podFailurePolicy"]["rules"][2]["onPodConditions"] == [{"type": "DisruptionTarget"}]
+    assert spec["podFailurePolicy"]["rules"][3]["onPodConditions"] == [{"type": "DisruptionTarget"}]
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never", "podFailurePolicy demands it"
     assert pod["terminationGracePeriodSeconds"] == 300
@@ -269,7 +279,9 @@ def test_a_jobset_has_what_gke_and_jobset_read():
 def test_a_slice_of_one_host_shares_its_node_pool():
     manifest = gke.jobset(E8, "study-e8", "study", options("v6e:2x2"), retries=0)
     assert "alpha.jobset.sigs.k8s.io/exclusive-topology" not in manifest["metadata"]["annotations"]
-    assert manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["parallelism"] == 1
+    spec = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert spec["parallelism"] == 1
+    assert len(spec["podFailurePolicy"]["rules"]) == 3, "its own abort is a failure"
 
 
 def test_kueue_has_room_for_as_many_members_as_run_at_a_time():
@@ -300,7 +312,7 @@ def test_the_xpk_command_names_the_slice_and_the_restarts():
         "num-slices": "1",
         "docker-image": "registry/image:1",
         "max-restarts": "100",
-        "restart-on-exit-codes": "1,75",
+        "restart-on-exit-codes": "1,75,134",
         "termination-grace-period-seconds": "300",
         "command": "python -m experiments.run --config=a.py --workdir=gs://bucket/study --member=E8",
     }

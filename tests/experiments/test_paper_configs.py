@@ -16,7 +16,7 @@ from jaxmoe.scaling import Study
 
 FILES = {
     "paper_math.py": 65, "paper_code.py": 65, "paper_decontaminated.py": 65, "paper_1t.py": 65, "paper_depth.py": 12,
-    "paper_lr_init.py": 16, "paper_topk.py": 7,
+    "paper_lr_init.py": 16, "paper_topk.py": 7, "paper_grpo.py": 65, "paper_ttc.py": 65,
 }  # fmt: skip
 
 
@@ -91,6 +91,21 @@ def test_top_k_members_match_in_active_and_total_parameters():
         for attribute in ("active", "total"):
             values = [getattr(count, attribute) for count in counts]
             assert max(values) / min(values) < 1.03
+
+
+def test_grpo_starts_every_member_from_its_pre_training():
+    pretrained = {member.name: member.config for member in study_of("paper_math.py:k=2").members}
+    for member in study_of("paper_grpo.py:k=2").members:
+        run, grpo = member.config, member.config.grpo
+        assert run.start_from == f"runs/paper_math/{member.name}"
+        assert run.model == pretrained[member.name].model
+        assert (run.train.steps, run.train.batch_size * grpo.group_size) == (105, 5_120)
+        assert (grpo.responses_per_update(run.train), run.tokens_per_step) == (1_280, 5_120 * 1_536)
+        assert run.evaluation.steps_of(105) == tuple(range(5, 106, 5))
+    config = load_config("paper_grpo.py:d512-E8-k2")
+    config.start_from = "gs://bucket/paper_math/{member}"
+    (member,) = Study.from_config_dict(config).members
+    assert member.config.start_from == "gs://bucket/paper_math/d512-E8-k2-320M-A170M"
 
 
 def test_the_dry_run_prints_every_member_in_numbers():

@@ -11,6 +11,10 @@ import time
 
 import pytest
 
+from experiments.end_state import differences, newest_checkpoint
+from experiments.launchers.job import PREEMPTED, as_preempted
+from jaxmoe.scaling.status import read_status
+
 CONFIG = """
 def get_config():
     return {
@@ -117,3 +121,30 @@ def test_two_processes_train_the_run_of_one_and_one_goes_on_with_it(config, of_o
         here, there = (json.loads((folder / "E4" / "records" / name).read_text()) for folder in (tmp_path, of_one))
         if "loss" in there:
             assert here["loss"] == pytest.approx(there["loss"], rel=1e-3), name
+
+
+def test_when_one_process_is_killed_the_other_ends_and_both_started_again_end_as_undisturbed(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    flags = (
+        "--config.train.steps=16", "--config.train.checkpoint_every=4", "--config.evaluation.points=1",
+        "--config.evaluation.generate=False", "--lost_after_seconds=10",
+    )  # fmt: skip
+    undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "killed"
+    assert ended(*start_two(config, undisturbed, *flags)) == [0, 0]
+
+    processes = start_two(config, workdir, *flags)
+    while not (workdir / "E4" / "checkpoints" / "4").exists() and processes[0].poll() is None:
+        time.sleep(0.01)
+    processes[1].kill()
+    ends = ended(*processes)
+    # By the connection that broke or, where nothing is read from that just then, by the silence.
+    assert [as_preempted(status, processes=2) for status in ends] == [PREEMPTED, -signal.SIGKILL]
+    status = read_status(workdir / "E4")
+    assert status["state"] == ("preempted" if ends[0] == PREEMPTED else "running"), "which launchers correct"
+    assert newest_checkpoint(workdir / "E4") < 16
+
+    assert ended(*start_two(config, workdir, *flags)) == [0, 0]
+    assert not any(differences(undisturbed / "E4", workdir / "E4").values())

@@ -1,5 +1,6 @@
 """`python -m experiments.run` as a user starts it: dry runs, a short study to its report, mistakes."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -140,3 +141,29 @@ def test_readme_examples_run(monkeypatch, capsys, tmp_path):
         scopes.append(scope)
     assert scopes[0]["y"].shape == (4, 16, 64)
     assert capsys.readouterr().out.strip() == "d512-E8-k2-320M-A170M 320160256"
+
+
+_IMPATIENT = """
+import runpy
+from jaxmoe import exclusive
+exclusive._SECONDS_OF_A_LEASE = 0.2
+runpy.run_module("experiments.run", run_name="__main__")
+"""
+
+
+def test_a_folder_that_another_host_holds_is_to_be_tried_again(tmp_path):
+    """By a lock whose file says that its holder is elsewhere; status 75, and nothing is written there."""
+    lock = tmp_path / "E2" / ".lock"
+    lock.parent.mkdir()
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 7 on lost-host")
+        file.flush()
+        done = subprocess.run(
+            [sys.executable, "-c", _IMPATIENT, "--config=quickstart.py", f"--workdir={tmp_path}", "--member=E2"],
+            cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert "not now: " in done.stderr
+    assert "process 7 on lost-host is training in this folder now" in done.stderr
+    assert [path.name for path in lock.parent.iterdir()] == [".lock"]

@@ -148,9 +148,9 @@ def test_manifests_are_written_for_gke(bucket, compiled, tmp_path):
     assert (tmp_path / "gke" / "xpk.sh").read_text().count("--tpu-type=v6e-4x4") == 2
     assert json.loads(as_path(f"{sweep.workdir}/study.json").read_text())["name"] == "tiny"
     assert {one["state"] for one in sweep.status().values()} == {"waiting"}
-    told, _ = sweep(*where, "cancel")
+    told, _ = sweep("--launcher=gke", "cancel")
     assert "kubectl delete jobsets.jobset.x-k8s.io --namespace=default --selector=jaxmoe/study=tiny" in told
-    _, told = sweep(*where, "--gke.apply", "cancel", check=2)
+    _, told = sweep("--launcher=gke", "--gke.namespace=team", "--gke.apply", "cancel", check=2)
     assert "kubectl" in told
 
 

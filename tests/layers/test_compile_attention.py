@@ -94,17 +94,20 @@ def test_a_long_sequence_over_devices_holds_keys_and_values_of_one_layer(attenti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "bfloat16"), (128, "bfloat16"), (96, "float32")])
-def test_triton_compiles_spills_nothing_and_holds_no_scores(head_dim, dtype):
+@pytest.mark.parametrize(
+    ("chip", "head_dim", "dtype"),
+    [("h100", 64, "bfloat16"), ("h100", 128, "bfloat16"), ("h100", 96, "float32"), ("b200", 64, "bfloat16")],
+)
+def test_triton_compiles_spills_nothing_and_holds_no_scores(chip, head_dim, dtype):
     try:
-        mesh = targets.mesh_of("h100")
+        mesh = targets.mesh_of(chip)
     except targets.CompilerMissing as error:
         pytest.skip(str(error))
     length = 4096
     query = targets.abstract(mesh, (1, 2, 2, length, head_dim), dtype)
     key = targets.abstract(mesh, (1, 2, length, head_dim), dtype)
     groups = targets.abstract(mesh, (1, length), jnp.int32)
-    with compiling_for("h100"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with compiling_for(chip), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(functools.partial(gradients, "auto")).lower(query, key, key, groups, query)
     compiled, kernels = resources(lowered, names=r"mha_[a-z_]+")
     assert sorted(kernel.kernel for kernel in kernels) == ["mha_backward", "mha_forward", "mha_preprocess_backward"]

@@ -72,7 +72,7 @@ def mesh():
     return jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "ragged_dot"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cpu_native", "ragged_dot"])
 @pytest.mark.parametrize("call", CALLS)
 def test_values_and_gradients_are_those_without_shard_map(call, backend):
     got = value_and_gradients(functools.partial(CALLS[call], backend=backend), mesh())(*arguments())

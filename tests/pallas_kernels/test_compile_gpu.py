@@ -1,6 +1,7 @@
 """The GPU compiler takes the kernels, spills no register, and what it makes of the whole layer holds no wasted work.
 
-XLA:GPU, Triton and ptxas compile for an H100 that is not there; the interpreter accepts kernels that they refuse.
+XLA:GPU, Triton and ptxas compile for an H100 and a B200 that are not there; the interpreter accepts kernels that they
+refuse.
 """
 
 import re
@@ -26,11 +27,11 @@ SHAPES = {
 SHARED_MEMORY = 227 * 1024
 
 
-def traced_layer(shape, dtype=jnp.bfloat16, recompute=False):
-    """Forward and backward of `moe_mlp` for an H100."""
+def traced_layer(shape, dtype=jnp.bfloat16, recompute=False, chip="h100"):
+    """Forward and backward of `moe_mlp` for a card."""
     tokens, k, experts, width, hidden = SHAPES[shape]
     try:
-        mesh = targets.mesh_of("h100")
+        mesh = targets.mesh_of(chip)
     except targets.CompilerMissing as error:
         pytest.skip(str(error))
 
@@ -49,7 +50,7 @@ def traced_layer(shape, dtype=jnp.bfloat16, recompute=False):
         targets.abstract(mesh, (experts, hidden, width), dtype),
         targets.abstract(mesh, (tokens, width), dtype),
     ]
-    with compiling_for("h100"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with compiling_for(chip), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(gradients).trace(*arguments)
 
 
@@ -69,6 +70,22 @@ def test_the_layer_compiles_and_every_kernel_fits_its_registers(shape, dtype):
         assert 0 < kernel.registers <= 255, kernel
         assert (kernel.shared_bytes or 0) <= SHARED_MEMORY, kernel
         assert not kernel.serialized, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [("study", jnp.bfloat16), ("few_experts", jnp.bfloat16), ("few_experts", jnp.float32)]
+)
+def test_the_layer_compiles_for_blackwell_without_hoppers_kernel(shape, dtype):
+    program, kernels = resources(traced_layer(shape, dtype, chip="b200").lower())
+    assert {kernel.kernel for kernel in kernels} == {
+        "moe_up_gpu", "grouped_matmul_gpu", "hidden_gradient_gpu", "weight_gradient_gpu", "combine_gpu"
+    }  # fmt: skip
+    assert "mosaic_gpu" not in program.as_text()
+    for kernel in kernels:
+        assert kernel.spill_stores == kernel.spill_loads == 0, kernel
+        assert 0 < kernel.registers <= 255, kernel
+        assert 0 <= kernel.shared_bytes <= SHARED_MEMORY, kernel
 
 
 def planned_flops(jaxpr):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import backend as backend_module
-from pallas_kernels import compiling_for, execution, grouped_matmul, resolved_backend
+from pallas_kernels import compiler_options, compiling_for, execution, grouped_matmul, resolved_backend
 
 
 @pytest.fixture(autouse=True)
@@ -58,19 +58,24 @@ def test_a_gpu_that_cannot_run_the_kernels_is_another_platform(version, capabili
     assert execution.platform() == platform
 
 
-@pytest.mark.parametrize(("kind", "platform"), [("TPU v5p", "tpu"), ("TPU v4", "TPU v4"), ("TPU v3", "TPU v3")])
-def test_a_tpu_with_little_vmem_is_another_platform(kind, platform, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "platform"),
+    [("TPU v5p", "tpu"), ("TPU v4", "tpu"), ("TPU v4 lite", "TPU v4 lite"), ("TPU v3", "TPU v3")],
+)
+def test_a_tpu_without_kernels_is_another_platform(kind, platform, monkeypatch):
     monkeypatch.setattr(execution.jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(execution.jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
     assert execution.platform() == platform
     if platform != "tpu":
         assert resolved_backend() == "ragged_dot"
-        with pytest.raises(ValueError, match=f"backend='tpu' runs on TPU v5e, .* but the platform is '{kind}'"):
+        with pytest.raises(ValueError, match=f"backend='tpu' runs on TPU v4, .* but the platform is '{kind}'"):
             contextvars.Context().run(execution.target_of, "tpu")
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'tpu', 'gpu', 'ragged_dot'"):
+    with pytest.raises(
+        ValueError, match="choose 'auto' or one of 'reference', 'cpu', 'cpu_native', 'tpu', 'gpu', 'ragged_dot'"
+    ):
         resolved_backend("fast")
 
 
@@ -78,7 +83,7 @@ def test_a_backend_on_another_platform_is_refused_with_what_would_work():
     rows, weights, sizes = jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.array([4, 4])
 
     def outside_the_interpreter():
-        with pytest.raises(ValueError, match="runs on TPU v5e, .* but the platform is 'cpu'; choose backend='auto'"):
+        with pytest.raises(ValueError, match="runs on TPU v4, .* but the platform is 'cpu'; choose backend='auto'"):
             grouped_matmul(rows, weights, sizes, backend="tpu")
 
     contextvars.Context().run(outside_the_interpreter)
@@ -91,6 +96,15 @@ def test_auto_is_resolved_for_the_chip_that_is_compiled_for():
         assert resolved_backend() == "gpu"
 
 
+def test_a_program_needs_options_on_tpu_alone():
+    assert compiler_options() == {}
+    with compiling_for("v4"):
+        assert compiler_options() == {"xla_tpu_scoped_vmem_limit_kib": "16384"}
+    with compiling_for("b200"):
+        assert compiler_options() == {}
+
+
 def test_an_unknown_chip_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="chip='v9'; choose one of v5e, v5p, v6e, tpu7x, h100"), compiling_for("v9"):
+    known = "v4, v5e, v5p, v6e, tpu7x, h100, b200"
+    with pytest.raises(ValueError, match=f"chip='v9'; choose one of {known}"), compiling_for("v9"):
         pass

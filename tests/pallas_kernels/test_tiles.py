@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     rows: int
 
 
-def fitted(tile, width, itemsize):
+def fitted(tile, width, itemsize, chip):
     if tile.rows * width * itemsize > 2048:
         raise tiles.Misfit("too large")
     return Tile(min(tile.rows, width))
@@ -126,13 +126,15 @@ def test_the_rules_tile_and_some_of_its_neighbours_fit(backend):
         assert len(candidates) > 1
         for candidate in candidates:
             tile = case.tiling.tile(**candidate)
-            assert case.tiling.fitted(tile, itemsize=2, **case.sizes) == tile
+            assert case.tiling.fitted(tile, itemsize=2, chip=None, **case.sizes) == tile
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p"])
 def test_the_rules_have_a_tile_that_fits_for_every_shape(chip):
     """Of the fused kernels too, or none at all."""
     for rows, width, hidden, dtype in ALL_SIZES:
+        if (chip, width, dtype) == ("v4", 8192, "float32"):
+            continue  # the next test
         itemsize = jnp.dtype(dtype).itemsize
         calls = [
             (DISPATCH, dict(width=width)),
@@ -147,9 +149,19 @@ def test_the_rules_have_a_tile_that_fits_for_every_shape(chip):
             tile = tiling.rule(itemsize=itemsize, chip=chip, **sizes)
             if tile is None:
                 assert tiling in (UP, HIDDEN_GRADIENT)
-                assert hidden % 128 or 8192 in sizes.values()
+                assert hidden % 128 or 8192 in sizes.values() or (chip == "v4" and hidden == 4096)
             else:
-                assert tiling.fitted(tile, itemsize=itemsize, **sizes) == tile
+                assert tiling.fitted(tile, itemsize=itemsize, chip=chip, **sizes) == tile
+
+
+def test_rows_that_are_too_long_for_a_chip_say_what_would_work():
+    message = "128 rows of 8192 numbers of 4 bytes are more than a core of v4 holds: .* 24 MiB of VMEM; at most 16 .*"
+    with pytest.raises(tiles.Misfit, match=message + "Choose bfloat16, or backend='ragged_dot'"):
+        DISPATCH.choose("float32", "v4", width=8192)
+    with pytest.raises(tiles.Misfit, match="256 rows of 8192 numbers of 4 bytes are more than a core of v4 holds"):
+        COMBINE.choose("float32", "v4", width=8192, experts_per_token=16)
+    assert DISPATCH.choose("bfloat16", "v4", width=8192).rows == 128
+    assert DISPATCH.choose("float32", "v5e", width=8192).rows == 128
 
 
 def test_the_outputs_are_divided_among_the_cores_of_a_device():
@@ -159,7 +171,7 @@ def test_the_outputs_are_divided_among_the_cores_of_a_device():
 
 
 def test_a_tile_beyond_the_memory_or_the_layout_is_a_misfit():
-    sizes = dict(rows_per_group=512, contracted=4096, out=8192, in_lanes=1, itemsize=2)
+    sizes = dict(rows_per_group=512, contracted=4096, out=8192, in_lanes=1, itemsize=2, chip="v5p")
     for tile, message in (
         ((512, 4096, 8192), r"about \d+ MiB of VMEM; at most 64 are used"),
         ((512, 1024, 512), "out=512 is no multiple of 1024"),

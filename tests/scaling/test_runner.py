@@ -1,6 +1,7 @@
 """Running a study: what is written, resumed, skipped, refused; nothing that was done is lost."""
 
 import copy
+import errno
 import json
 import math
 import os
@@ -11,9 +12,20 @@ import pytest
 
 from jaxmoe.config import ConfigError, config_hash
 from jaxmoe.exclusive import exclusive
-from jaxmoe.scaling import Study, StudyResult, preflight, read_records, results_table, run_member, run_study, runner
+from jaxmoe.scaling import (
+    Study,
+    StudyResult,
+    pending_records,
+    preflight,
+    read_records,
+    results_table,
+    run_member,
+    run_study,
+    runner,
+)
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
 from jaxmoe.training.checkpoints import _checksum as checksum
+from pallas_kernels import native
 
 CONFIG = {
     "study": {"name": "tiny", "title": "Tiny", "held_fixed": {"tokens": 0.0}},
@@ -346,6 +358,45 @@ def test_a_full_disk_stops_the_study(tmp_path, monkeypatch):
     assert result.status == "failed"
 
 
+@pytest.fixture
+def full_for_records(monkeypatch):
+    """Has so many attempts to write records fail as on a full disk; how many are left."""
+    left = [0]
+    write = pending_records.write_records
+
+    def write_records(*arguments):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments)
+
+    monkeypatch.setattr(pending_records, "write_records", write_records)
+    return left
+
+
+def test_records_that_a_full_disk_has_no_room_for_come_when_there_is_some(finished, full_for_records, tmp_path, caplog):
+    """Those of step 4, and with them the first attempt at its checkpoint, have to wait."""
+    full_for_records[0] = 2
+    assert run_study(study_of(), tmp_path).status == "done"
+    assert full_for_records == [0]
+    assert "records cannot be written to" in caplog.text
+    assert contents(tmp_path) == contents(finished[0])
+
+
+def test_records_for_which_there_is_never_room_stop_the_run_and_are_made_again(finished, full_for_records, tmp_path):
+    study = study_of(train__max_missed_saves=1, train__storage_patience_seconds=0.5)
+    full_for_records[0] = 10**6
+    result = run_study(study, tmp_path, only="first").members[0]
+    assert (result.status, result.fatal) == ("failed", True)
+    assert "no space left at" in result.error
+    assert "last good checkpoint: step 2; free space and run again" in result.error
+    full_for_records[0] = 0
+    assert run_study(study, tmp_path).status == "done"
+    assert contents(tmp_path).keys() == contents(finished[0]).keys()
+    log = "first/metrics.jsonl"
+    assert contents(tmp_path)[log] == contents(finished[0])[log]
+
+
 def test_running_slices_one_after_the_other_adds_to_the_study(copied):
     (copied / "study.json").unlink()
     study = study_of(members__first__slices=("headline",), members__second__slices=("other",),
@@ -386,6 +437,16 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ConfigError, match=r"no space left for the checkpoints of 2 members: .* KB are needed"):
         run_study(study_of(), tmp_path)
+
+
+def test_a_compiled_backend_that_was_not_built_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("PALLAS_KERNELS_NATIVE", str(tmp_path / "nothing"))
+    native.load.cache_clear()
+    with pytest.raises(ConfigError, match="member 'first': model.moe.backend='cpu_native' .*build_native"):
+        run_study(study_of(model__moe__backend="cpu_native"), tmp_path / "study")
+    with pytest.raises(ConfigError, match="float32 alone, but model.compute_dtype='bfloat16'"):
+        run_study(study_of(model__moe__backend="cpu_native", model__compute_dtype="bfloat16"), tmp_path / "study")
+    assert not (tmp_path / "study" / "first").exists()
 
 
 def test_checkpoints_that_are_there_need_no_space_again(copied, monkeypatch):

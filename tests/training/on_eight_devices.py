@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jaxmoe.config import MeshConfig, ModelConfig, MoEConfig, RunConfig
 from jaxmoe.data import load_tokenizer
 from jaxmoe.evaluation import greedy_answers
+from jaxmoe.evaluation.forward import Evaluator
 from jaxmoe.processes import connect, is_first
 from jaxmoe.sharding import make_partitioning, rows_here, use_partitioning
 from jaxmoe.training.bad_steps import is_bad, judge_bad_step
@@ -170,3 +171,23 @@ def test_a_step_whose_rows_found_no_room_is_not_applied_where_the_buffer_is_stri
     assert is_bad(metrics)
     with pytest.raises(BufferOverflowError, match=r"step 1 was not applied: .* expert_buffer_factor=0.5 .* step 0 is"):
         raise judge_bad_step(run, 1, metrics)("The checkpoint of step 0 is good.")
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="of eight devices")
+def test_an_evaluation_has_room_for_every_row_however_small_the_buffers_of_the_training(run, batch):
+    """With half the mean's room, which drops half of the training's rows, the loss is that of one device."""
+    moe = dataclasses.replace(run.model.moe, expert_buffer_factor=0.5, strict_buffer=True)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=1, first_dense_layers=0, moe=moe))
+
+    def evaluated(mesh):
+        partitioning = None if mesh is None else make_partitioning(mesh)
+        graph, state = init_state(run, partitioning)
+        with use_partitioning(partitioning):
+            evaluator = Evaluator(nnx.merge(graph, state.params, state.others))
+            return evaluator(batch)[0], evaluator.statistics
+
+    loss, statistics = evaluated(MESHES["fsdp_expert"])
+    expected, _ = evaluated(None)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+    assert statistics.overflowed.sum() == 0
+    assert statistics.expert_count.sum() == 2 * (batch["segment_ids"] > 0).sum()

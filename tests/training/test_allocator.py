@@ -5,7 +5,7 @@ import resource
 
 import pytest
 
-from jaxmoe.training.allocator import reuse_freed_memory
+from jaxmoe.training.allocator import give_back_freed_memory, reuse_freed_memory
 
 SIZE = 48 << 20
 HUGE_PAGES = SIZE // (2 << 20)
@@ -54,3 +54,13 @@ def test_an_inner_block_does_not_end_an_outer_one(plain_environment):
             faults_of_a_buffer()
         assert min(faults_of_a_buffer() for _ in range(3)) < HUGE_PAGES // 4
     assert min(faults_of_a_buffer() for _ in range(3)) > HUGE_PAGES // 2
+
+
+def test_large_buffers_are_given_back_inside_and_kept_again_after(plain_environment):
+    with reuse_freed_memory() as in_effect:
+        if not in_effect:
+            pytest.skip("the C library is not glibc")
+        with give_back_freed_memory():
+            assert min(faults_of_a_buffer() for _ in range(3)) > HUGE_PAGES // 2
+        faults_of_a_buffer()
+        assert min(faults_of_a_buffer() for _ in range(3)) < HUGE_PAGES // 4

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxmoe.config import ConfigError, TrainConfig
 from jaxmoe.data import Mixture
-from jaxmoe.training import LossSpikeError, StopRequest, train
+from jaxmoe.training import LossSpikeError, train
 from jaxmoe.training.spikes import SpikeHistory, find_spike
 
 SPIKE = 15
@@ -91,8 +92,7 @@ def test_a_skipped_spike_is_skipped_again_after_a_resume(spiky, tmp_path):
     """Stopped between the losses and the spike: what it is compared with comes from the checkpoint."""
     run = spiky("skip")
     train(run, tmp_path / "undisturbed")
-    stop = StopRequest()
-    first = train(run, tmp_path / "stopped", stop=stop, on_evaluate=lambda _: setattr(stop, "requested", "SIGTERM"))
+    first = train(run, tmp_path / "stopped", on_evaluate=lambda _: signal.raise_signal(signal.SIGTERM))
     assert (first.status, first.step) == ("resumable", 8)
     assert train(run, tmp_path / "stopped").status == "done"
     logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "stopped")]

@@ -18,7 +18,6 @@ from jaxmoe.training import (
     CheckpointError,
     NonFiniteLossError,
     Resumed,
-    StopRequest,
     averaging_window,
     make_train_step,
     train,
@@ -281,9 +280,7 @@ def test_force_cannot_change_what_a_finished_run_was_trained_as(tiny_run, replac
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_configuration(tiny_run, tmp_path):
     """The folder is claimed only once its checkpoint could be read."""
-    stop = StopRequest()
-    evaluator = Evaluator(8, lambda: setattr(stop, "requested", "SIGTERM"))
-    first = train(tiny_run, tmp_path, on_evaluate=evaluator, stop=stop)
+    first = train(tiny_run, tmp_path, on_evaluate=Evaluator(8, lambda: signal.raise_signal(signal.SIGTERM)))
     assert (first.status, first.step) == ("resumable", 8)
     before = (tmp_path / "config.json").read_bytes()
     log = (tmp_path / "metrics.jsonl").read_bytes()
@@ -296,14 +293,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_configuration(tiny_run, tmp_p
 
 def test_a_run_forced_to_another_configuration_says_so_ever_after(tiny_run, replace_train, tmp_path):
     def until(step, run, **kwargs):
-        stop, seen = StopRequest(), []
+        seen = []
 
         def evaluate(context):
             seen.append((context.step, context.resumed and dataclasses.astuple(context.resumed)))
             if context.step == step:
-                stop.requested = "SIGTERM"
+                signal.raise_signal(signal.SIGTERM)
 
-        train(run, tmp_path, on_evaluate=evaluate, stop=stop, **kwargs)
+        train(run, tmp_path, on_evaluate=evaluate, **kwargs)
         return seen
 
     other = replace_train(tiny_run, weight_decay=0.5, log_every=4)
@@ -344,9 +341,7 @@ def text_run(tiny_run, tmp_path):
 
 def stopped_at(step, run, directory, **kwargs):
     """Trains until a signal comes at an evaluation."""
-    stop = StopRequest()
-    evaluator = Evaluator(step, lambda: setattr(stop, "requested", "SIGTERM"))
-    return train(run, directory, on_evaluate=evaluator, stop=stop, **kwargs)
+    return train(run, directory, on_evaluate=Evaluator(step, lambda: signal.raise_signal(signal.SIGTERM)), **kwargs)
 
 
 def test_data_that_changed_under_the_same_configuration_are_noticed(text_run, tmp_path):

@@ -8,8 +8,9 @@ import threading
 import pytest
 
 from jaxmoe.config import to_dict
+from jaxmoe.liveness import beat
 from jaxmoe.training import watchdog
-from jaxmoe.training.watchdog import PATIENCE, Watchdog, beat
+from jaxmoe.training.watchdog import PATIENCE, Watchdog, _Others
 
 _HUNG = """
 import json, sys, time
@@ -108,14 +109,66 @@ def test_starting_evaluating_and_saving_may_take_longer(tmp_path, ended):
     assert ended.is_set(), "60 looks after the evaluation, the limit is that of a step again"
 
 
-def test_a_beat_reaches_the_innermost_watchdog(tmp_path):
+def test_what_moves_within_moves_for_every_watchdog_around(tmp_path):
     beat()  # without one, nothing happens
     with Watchdog(tmp_path, None) as outer:
         with Watchdog(tmp_path, None) as inner:
             before = inner._last_beat, outer._last_beat
             beat()
             assert inner._last_beat is not before[0]
-            assert outer._last_beat is before[1]
-        assert watchdog._current is outer
-    assert watchdog._current is None
+            assert outer._last_beat is not before[1]
+        before = inner._last_beat, outer._last_beat
+        beat()
+        assert inner._last_beat is before[0]
+        assert outer._last_beat is not before[1]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_moves_in_another_process_is_told_from_what_moves_in_this_one(monkeypatch):
+    """Two processes that count together, of which neither takes its own beats, or the other's wait, for movement."""
+    count = [0]
+
+    def counted(key, more):
+        count[0] += more
+        return count[0]
+
+    monkeypatch.setattr(watchdog, "counted", counted)
+    one, other = _Others(10.0), _Others(10.0)
+    first, second = object(), object()
+    one.moved(first, 10.0), other.moved(second, 10.0)
+    assert not one.moved(first, 5.0), "it is not asked yet"
+    assert one.moved(first, 5.0), "the other's first beat"
+    for _ in range(3):
+        assert not one.moved(first, 10.0)
+        assert not other.moved(second, 10.0)
+    assert not other.moved(object(), 10.0), "its own"
+    assert one.moved(first, 10.0)
+    assert not one.moved(first, 10.0)
+
+
+_HUNG_PREPARATION = """
+import json, sys, time
+from jaxmoe.config import RunConfig, from_dict
+from jaxmoe.scaling import Member, Study, runner
+
+def preflight(*args, **kwargs):
+    while True:
+        time.sleep(1)
+
+runner.preflight = preflight
+run = from_dict(RunConfig, json.loads(sys.argv[1]))
+member = Member(name="E4", arm="E4", slices=("main",), seed=0, config=run)
+runner.run_study(Study(name="hangs", title="Hangs", members=(member,)), sys.argv[2])
+"""
+
+
+def test_a_study_whose_preparation_hangs_is_ended(tiny_run, replace_train, tmp_path):
+    run = replace_train(tiny_run, watchdog_minutes=1 / 60)
+    done = subprocess.run(
+        [sys.executable, "-c", _HUNG_PREPARATION, json.dumps(to_dict(run)), str(tmp_path)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    report = (tmp_path / "watchdog-0.txt").read_text()
+    assert "(starting)" in report
+    assert "in preflight" in report

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from jaxmoe.config import ConfigError
-from jaxmoe.scaling.report import expert_load, figures, findings, html, members, style, trajectories
+from jaxmoe.scaling.report import expert_load, figures, findings, html, members, post_training, style, trajectories
 from jaxmoe.scaling.report.comparison import Comparison, compare
 from jaxmoe.scaling.report.errors import ReportError
 from jaxmoe.scaling.report.figures import ReportFigure
@@ -65,6 +65,7 @@ def slice_figures(tables: StudyTables, comparison: Comparison) -> Iterator[Repor
         if part.x == "total_parameters" and part == tables.slices[0]:
             yield figures.effect_figure(tables, comparison, "tokens_per_parameter", f"{stem}-tokens-per-parameter")
     optional = (
+        post_training.reward_figure(tables, comparison, f"{stem}-grpo"),
         trajectories.loss_figure(tables, part, f"{stem}-task-loss"),
         trajectories.accuracy_figure(tables, part, f"{stem}-accuracy"),
         figures.loss_accuracy_figure(tables, comparison, f"{stem}-loss-accuracy-gap"),

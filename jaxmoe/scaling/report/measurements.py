@@ -66,6 +66,8 @@ def _measured(record: Record) -> dict[str, tuple[Any, Any]]:
             "task_loss_per_byte": (record.get("bits_per_byte"), None),
             "accuracy": (record.get("accuracy"), record.get("accuracy_standard_error")),
         }
+    if record["evaluation"] == "reward":
+        return {"reward": (record.get("reward"), record.get("reward_standard_error"))}
     return {}  # generated answers are the `accuracy` of the task record
 
 
@@ -92,6 +94,19 @@ def results(members: pd.DataFrame, records: Mapping[str, list[Record]]) -> pd.Da
     return pd.DataFrame(rows, columns=columns).astype({"beyond": float})
 
 
+def rewards(members: pd.DataFrame, logs: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> pd.DataFrame:
+    """Mean reward of the sampled responses of each logged rollout step; empty without GRPO."""
+    import pandas as pd
+
+    rows = [
+        (member.member, member.arm, member.seed, line["step"], float(line["reward"]))
+        for member in members.itertuples()
+        for line in logs[member.member]["metrics"]
+        if line.get("reward") is not None
+    ]
+    return pd.DataFrame(rows, columns=["member", "arm", "seed", "step", "reward"])
+
+
 def curves(
     members: pd.DataFrame, logs: Mapping[str, Mapping[str, list[dict[str, Any]]]], sources: Sequence[str]
 ) -> pd.DataFrame:
@@ -102,6 +117,8 @@ def curves(
     for member in members.itertuples():
         per_step = member.tokens / member.steps if member.tokens and member.steps else math.nan
         for line in logs[member.member]["metrics"]:
+            if "reward" in line:
+                continue  # its loss is GRPO's
             for source in ("", *sources):
                 loss = line.get(f"loss/{source}" if source else "loss")
                 if loss is not None:

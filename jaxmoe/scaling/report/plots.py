@@ -18,7 +18,7 @@ OPTIMAL_TOKENS_PER_PARAMETER = 20.0
 """Where arXiv 2508.18672 sees the best accuracy on reasoning tasks; marked in the figures."""
 
 UNITS = {"training_loss": "nats per token", "validation_loss": "nats per token", "task_loss": "bits per answer token",
-         "accuracy": "accuracy"}
+         "accuracy": "accuracy", "reward": "reward"}
 
 RANK_STYLES = (
     lambda colour: {"linestyle": "-", "linewidth": 2.0, "marker": "o", "markersize": 6, "markerfacecolor": colour,
@@ -120,7 +120,7 @@ def value_axis(axes: Axes, metric: str, values: Iterable[float], *, difference: 
         axes.axhline(0, color=style.MUTED, linewidth=0.9, zorder=0.6)
         axes.set_ylabel("difference of accuracy" if metric == "accuracy" else UNITS[metric])
     room = 0.07 * ((high - low) or abs(high) or 1.0)
-    if metric == "accuracy" and not difference:
+    if metric in ("accuracy", "reward") and not difference:
         top = 1.03 if high > 0.6 else max(high * 1.15, 0.02)
         axes.set_ylim(-0.02 * top, top)
     elif not difference and 0 <= low < 0.5 * high:

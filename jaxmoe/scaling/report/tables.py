@@ -70,6 +70,7 @@ class StudyTables:
         accuracy), rank (0 for the split that its source is about: what was seen for knowledge, what is new for
         everything else), final.
       curves: long: member, arm, seed, step, tokens, source ("" for the mixture), loss.
+      rewards: long: member, arm, seed, step, reward of the sampled responses; of members with GRPO.
       load: member, arm, seed, layer, rank, share of the assignments, relative (1 = balanced); at the last evaluation.
       interim: None if the comparisons use finished members, else the step at which unfinished ones are compared.
     """
@@ -86,6 +87,7 @@ class StudyTables:
     members: pd.DataFrame
     results: pd.DataFrame
     curves: pd.DataFrame
+    rewards: pd.DataFrame
     load: pd.DataFrame
     interim: int | None
 
@@ -155,6 +157,7 @@ def load_study(study_dir: epath.PathLike) -> StudyTables:
         members=members,
         results=results,
         curves=measurements.curves(members, logs, tuple(kinds)),
+        rewards=measurements.rewards(members, logs),
         load=measurements.load(members, records),
         interim=interim,
     )
