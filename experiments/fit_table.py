@@ -43,7 +43,14 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     results_file = output.parent / f"{output.stem}.json"
     kept = json.loads(results_file.read_text()) if results_file.exists() else {}
     results = kept.get("entries", {}) if kept.get("versions") == versions() else {}
-    compiled = 0
+    compiled, names = 0, [each.name for each in study.members]
+
+    def write() -> None:
+        write_json(results_file, {"versions": versions(), "entries": results})
+        write_bytes(output, table(names, _CHIPS.value, results).encode())
+
+    if results:
+        write()
     for member in study.members:
         for chip in _CHIPS.value:
             if f"{member.name} {chip}" in results or (_LIMIT.value is not None and compiled >= _LIMIT.value):
@@ -52,9 +59,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
             compiled += 1
             results[f"{member.name} {chip}"] = None if found is None else found.summary()
             print(f"{member.name}, {chip}: {'none fits' if found is None else found.topology}", file=sys.stderr)
-            write_json(results_file, {"versions": versions(), "entries": results})
-            names = [each.name for each in study.members]
-            write_bytes(output, table(names, _CHIPS.value, results).encode())
+            write()
     missing = len(study.members) * len(_CHIPS.value) - sum(
         f"{member.name} {chip}" in results for member in study.members for chip in _CHIPS.value
     )

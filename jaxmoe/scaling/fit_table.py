@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxmoe.config import RunConfig
 from jaxmoe.scaling.fit import Fit, check_fit, memory_limit
 from jaxmoe.scaling.fit_search import expected_bytes, plans_of
 from jaxmoe.scaling.topologies import GIB, describe_topology
+from pallas_kernels.targets import COMPILERS
 
 SLICES = {
     "v5p": ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8"),
@@ -24,12 +26,12 @@ SLICES = {
 
 def versions() -> dict[str, str]:
     """Of the compilers, where they are installed."""
+    path = [*sys.path, str(COMPILERS)]  # the GPU's stands apart, and is found there once it has been used
     found = {}
     for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        newest = next(iter(importlib.metadata.distributions(name=package, path=path)), None)
+        if newest is not None:
+            found[package] = newest.version
     return found
 
 

@@ -14,7 +14,7 @@ from jaxmoe.scaling import Study, fit_search
 from jaxmoe.scaling.fit import Fit, StepTime, _parsed_bytes, _refused, check_fit, memory_limit
 from jaxmoe.scaling.fit_report import describe_fit
 from jaxmoe.scaling.fit_search import expected_bytes, expected_seconds, plans_of
-from jaxmoe.scaling.fit_table import smallest_fit, table
+from jaxmoe.scaling.fit_table import smallest_fit, table, versions
 from jaxmoe.scaling.topologies import GIB, describe_topology
 
 
@@ -220,3 +220,11 @@ def test_the_smallest_slice_is_found_by_compiling():
     run = small(member("d512-E8-k2"))
     fit = smallest_fit(run, "v5e")
     assert (fit.topology, fit.fits) == ("v5e:2x2", True)
+
+
+def test_versions_do_not_depend_on_the_compilers_used_before():
+    """Else a table would be started again from nothing whenever its command is."""
+    before = versions()
+    topology_of("h100:1")
+    assert versions() == before
+    assert {"jax", "jaxlib", "jax-cuda12-plugin"} <= set(before)
