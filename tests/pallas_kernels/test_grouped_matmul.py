@@ -213,7 +213,7 @@ def test_some_routing_needs_that_many_blocks():
         (dict(group_sizes=np.ones(3, int)), "group_sizes names 3 groups but weights has E=4"),
         (dict(group_sizes=np.ones(4)), "group_sizes has dtype float64"),
         (dict(group_sizes=np.array([10, 20, 30, 0])), "with sum 60; .* at most N=40"),
-        (dict(backend="triton"), "backend='triton'; choose 'auto' or one of 'reference', 'cpu', 'tpu', 'gpu'"),
+        (dict(backend="triton"), "backend='triton'; choose 'auto' or one of 'reference', 'cpu', 'cpu_native', 'tpu'"),
     ],
 )
 def test_misfits_are_refused(change, message):

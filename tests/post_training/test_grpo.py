@@ -74,10 +74,12 @@ class StoppedInStep(StopRequest):
         super().__init__()
         self.left = at
 
+    @property
+    def requested(self):
+        return "SIGTERM" if self.left <= 0 else None
+
     def agree(self):
         self.left -= 1
-        if self.left == 0:
-            self.requested = "SIGTERM"
 
 
 @pytest.mark.parametrize("asked", [3, 13, 15])
