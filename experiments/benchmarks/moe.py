@@ -309,28 +309,31 @@ def training_steps(experts: tuple[int, ...], *, rounds: int) -> list[dict[str, A
 
     Without it the ratio is None.
     """
-    first, *others = measured_backends()
-    contenders = {"jaxmoe": functools.partial(train_step._our_mixtral, backend=first)}
-    contenders |= {f"jaxmoe {name}": functools.partial(train_step._our_mixtral, backend=name) for name in others}
+    first = measured_backends()[0]
+    peer = {}
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-        contenders["transformers"] = train_step._their_mixtral
+        peer["transformers"] = train_step._their_mixtral
     elif experts:
         _say("transformers is not measured: it is not installed here (pip install 'jaxmoe[hf]')")
     rows = []
-    for num_experts in experts:
-        _say(f"training step E={num_experts}: {', '.join(contenders)}")
-        calls = {name: make(num_experts) for name, make in contenders.items()}
+    # Pairs, not all at once: what one contender frees does not serve another of other sizes, and its pages are new.
+    for num_experts, backend in itertools.product(experts, measured_backends()):
+        name = "jaxmoe" if backend == first else f"jaxmoe {backend}"
+        _say(f"training step E={num_experts}: {', '.join((name, *peer))}")
+        calls = {name: train_step._our_mixtral(num_experts, backend)}
+        calls |= {other: make(num_experts) for other, make in peer.items()}
         # Warm until what is freed between the steps serves the next ones.
         timings = interleaved(calls, rounds=rounds, warmup=3)
-        peer = timings["transformers"].wall if "transformers" in timings else None
+        reference = timings["transformers"].wall if peer else None
         rows += [
             {
                 "E": num_experts,
-                "contender": name,
+                "contender": each,
                 "tokens_per_second": round(train_step.PEER_BATCH * train_step.PEER_SEQUENCE / timing.wall),
-                "speed_ratio_to_transformers": round(peer / timing.wall, 3) if peer else None,
+                "speed_ratio_to_transformers": round(reference / timing.wall, 3) if reference else None,
             }
-            for name, timing in timings.items()
+            for each, timing in timings.items()
+            if each == name or backend == first
         ]
     return rows
 
