@@ -43,6 +43,10 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     results_file = output.parent / f"{output.stem}.json"
     kept = json.loads(results_file.read_text()) if results_file.exists() else {}
     results = kept.get("entries", {}) if kept.get("versions") == versions() else {}
+    if kept and not results:
+        earlier = output.parent / f"{output.stem}.earlier.json"
+        write_json(earlier, kept)
+        print(f"{results_file} is of {kept['versions']}, not of {versions()}: begun anew; it is kept as {earlier}.")
     compiled, names = 0, [each.name for each in study.members]
 
     def write() -> None:

@@ -7,6 +7,7 @@ FLOAT_DTYPES = ("float32", "bfloat16")
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises `ValueError` with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -18,6 +19,7 @@ def require_rank(name: str, array: jax.Array, axes: str) -> None:
 
 
 def require_float(**arrays: jax.Array) -> None:
+    """Arrays by the names of the arguments: each of one of `FLOAT_DTYPES`."""
     for name, array in arrays.items():
         require(
             jnp.dtype(array.dtype).name in FLOAT_DTYPES,
@@ -35,6 +37,7 @@ def require_native_dtype(backend: str, **arrays: jax.Array) -> None:
 
 
 def require_same_dtype(**arrays: jax.Array) -> None:
+    """Arrays by the names of the arguments: all of the first one's dtype."""
     (first, first_array), *others = arrays.items()
     for name, array in others:
         require(

@@ -96,6 +96,7 @@ class _PeakMemory:
 
     @property
     def extra(self) -> int:
+        """Bytes of the peak over what was held before."""
         return self._peak - self._before
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
 import sys
@@ -309,31 +308,25 @@ def training_steps(experts: tuple[int, ...], *, rounds: int) -> list[dict[str, A
 
     Without it the ratio is None.
     """
-    first = measured_backends()[0]
-    peer = {}
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-        peer["transformers"] = train_step._their_mixtral
-    elif experts:
+    own = measured_backends()[0]
+    if experts and not train_step.peer_is_installed():
         _say("transformers is not measured: it is not installed here (pip install 'jaxmoe[hf]')")
     rows = []
-    # Pairs, not all at once: what one contender frees does not serve another of other sizes, and its pages are new.
     for num_experts, backend in itertools.product(experts, measured_backends()):
-        name = "jaxmoe" if backend == first else f"jaxmoe {backend}"
-        _say(f"training step E={num_experts}: {', '.join((name, *peer))}")
-        calls = {name: train_step._our_mixtral(num_experts, backend)}
-        calls |= {other: make(num_experts) for other, make in peer.items()}
+        _say(f"training step E={num_experts}: {backend}")
         # Warm until what is freed between the steps serves the next ones.
-        timings = interleaved(calls, rounds=rounds, warmup=3)
-        reference = timings["transformers"].wall if peer else None
+        timings = train_step.mixtral_steps(num_experts, rounds=rounds, backend=backend, warmup=3)
+        peer = timings["transformers"].wall if "transformers" in timings else None
+        if backend != own:
+            timings = {f"jaxmoe {backend}": timings["jaxmoe"]}
         rows += [
             {
                 "E": num_experts,
-                "contender": each,
+                "contender": name,
                 "tokens_per_second": round(train_step.PEER_BATCH * train_step.PEER_SEQUENCE / timing.wall),
-                "speed_ratio_to_transformers": round(reference / timing.wall, 3) if reference else None,
+                "speed_ratio_to_transformers": round(peer / timing.wall, 3) if peer else None,
             }
-            for each, timing in timings.items()
-            if each == name or backend == first
+            for name, timing in timings.items()
         ]
     return rows
 

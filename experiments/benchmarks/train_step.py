@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments.benchmarks.timing import import_seconds, interleaved, machine
+from experiments.benchmarks.timing import Timing, import_seconds, interleaved, machine
 from experiments.flags import load_config
 
 LAPTOP_EXPERTS = (2, 8, 64)
@@ -70,14 +70,12 @@ def laptop_recipe(*, rounds: int) -> list[dict[str, Any]]:
 
 def against_transformers(*, rounds: int) -> list[dict[str, Any]] | str:
     """Tokens per second of ours and of the peer; a sentence where the peer is not installed."""
-    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+    if not peer_is_installed():
         return "not measured: torch and transformers are not installed (pip install 'jaxmoe[hf]')"
     rows = []
     tokens = PEER_BATCH * PEER_SEQUENCE
     for num_experts in PEER_EXPERTS:
-        timings = interleaved(
-            {"jaxmoe": _our_mixtral(num_experts), "transformers": _their_mixtral(num_experts)}, rounds=rounds
-        )
+        timings = mixtral_steps(num_experts, rounds=rounds)
         rows += [
             {
                 "E": num_experts,
@@ -91,6 +89,22 @@ def against_transformers(*, rounds: int) -> list[dict[str, Any]] | str:
             for name, timing in timings.items()
         ]
     return rows
+
+
+def peer_is_installed() -> bool:
+    """Whether transformers, and torch, are there to be measured."""
+    return bool(importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"))
+
+
+def mixtral_steps(num_experts: int, *, rounds: int, backend: str = "auto", warmup: int = 1) -> dict[str, Timing]:
+    """Timings of a training step of `jaxmoe`, by a backend, and of `transformers` where it is installed.
+
+    The two take turns, and no third: what one contender frees does not serve another of other sizes.
+    """
+    calls = {"jaxmoe": _our_mixtral(num_experts, backend)}
+    if peer_is_installed():
+        calls["transformers"] = _their_mixtral(num_experts)
+    return interleaved(calls, rounds=rounds, warmup=warmup)
 
 
 def start_up() -> dict[str, float]:

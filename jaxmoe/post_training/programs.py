@@ -224,6 +224,7 @@ class _Evaluation:
         self._names: dict[str, Any] = {}
 
     def program(self, tree: ast.Module, call: str | None) -> Any:
+        """What the program computes: the value of the function `call`, or of its last expression."""
         value = None
         for statement in tree.body:
             value = self._evaluate(statement.value) if isinstance(statement, ast.Expr) else self._execute(statement)

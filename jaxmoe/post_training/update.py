@@ -23,6 +23,7 @@ from jaxmoe.post_training.loss import Rows, log_probabilities, response_loss
 from jaxmoe.sharding import Partitioning, use_partitioning
 from jaxmoe.training import TrainState, learning_rate_schedule, make_optimizer
 from jaxmoe.training.state import abstract_shardings, model_graph, relevant_to_step
+from jaxmoe.training.step import step_options
 
 Metrics = dict[str, Array]
 
@@ -141,15 +142,17 @@ def _updates(
         }
         return following, metrics
 
+    options = step_options(model, partitioning)
     if partitioning is None:
-        return jax.jit(updates, donate_argnums=0)
+        return jax.jit(updates, donate_argnums=0, compiler_options=options)
 
     def on_mesh(state: TrainState, rows: Rows) -> tuple[TrainState, Metrics]:
         with use_partitioning(partitioning):
             return updates(state, rows)
 
     shardings = abstract_shardings(model, train, num_sources, partitioning)
-    return jax.jit(on_mesh, donate_argnums=0, out_shardings=(shardings, partitioning.sharding((), ())))
+    everywhere = partitioning.sharding((), ())
+    return jax.jit(on_mesh, donate_argnums=0, out_shardings=(shardings, everywhere), compiler_options=options)
 
 
 def _total(router: RouterStatistics) -> RouterStatistics:

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import queue
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Sequence
 
 from jaxmoe.config import ConfigError
 from jaxmoe.post_training.math_worker import SECONDS
+
+logger = logging.getLogger(__name__)
 
 _WORKER = pathlib.Path(__file__).with_name("math_worker.py")
 _STARTING_SECONDS = 120.0
@@ -96,11 +99,13 @@ class _Worker:
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
-        except OSError:  # it ended
+        except OSError:
+            logger.warning("the process of math-verify had ended; the response counts as wrong")
             self.end()
             return False
         answer = self._line(_ANSWER_SECONDS)
         if answer not in (b"0\n", b"1\n"):  # it hangs, or it ended
+            logger.warning("math-verify gave no answer in %.0f s: the response counts as wrong", _ANSWER_SECONDS)
             self.end()
         return answer == b"1\n"
 

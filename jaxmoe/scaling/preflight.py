@@ -28,7 +28,7 @@ from jaxmoe.training import (
     check_start,
     check_unused,
 )
-from pallas_kernels import native
+from pallas_kernels.execution import target_of
 
 Resume = Literal["auto", "force"]
 
@@ -112,7 +112,7 @@ def _check_backend(model: ModelConfig) -> None:
                 "choose 'cpu' or 'auto'."
             )
         try:
-            native.load()
+            target_of("cpu_native")
         except ValueError as error:
             raise ConfigError(f"model.moe.{error}") from error
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from etils import epath
 
-from jaxmoe.config import ConfigError, MeshConfig, RunConfig, from_dict, nearest, to_dict
+from jaxmoe.config import ConfigError, MeshConfig, RunConfig, from_dict, to_dict
 from jaxmoe.data import Source, load_tokenizer, require_vocabulary
 from jaxmoe.data.build import build_source
 from jaxmoe.evaluation import (
@@ -205,10 +205,7 @@ def sample_member(
 
 def _sources(asked: RunConfig, tokenizer) -> list[tuple[Source, tuple[str, ...]]]:
     """The sources that are sampled, and the splits of each that it has; no other is read."""
-    settings = asked.evaluation.test_time
-    names = settings.sources or [
-        name for name, source in asked.data.sources.items() if source.kind not in ("text", "tokens")
-    ]
+    settings, names = asked.evaluation.test_time, _names(asked)
     if not names:
         raise ConfigError(
             f"no source of data.sources has problems to answer ({', '.join(asked.data.sources)}); add a "
@@ -219,8 +216,8 @@ def _sources(asked: RunConfig, tokenizer) -> list[tuple[Source, tuple[str, ...]]
         config = asked.data.sources[name]
         if config.kind in ("text", "tokens"):
             raise ConfigError(
-                f"evaluation.test_time.sources: {name!r} is of kind {config.kind!r}, which has no problems to answer."
-                f"{nearest(name, [n for n in names if n != name] or ['question_answer'])}"
+                f"evaluation.test_time.sources: {name!r} is of kind {config.kind!r}, which has no problems to answer; "
+                "name question_answer, reasoning or knowledge sources."
             )
         source = build_source(
             name, config, tokenizer, sequence_length=asked.train.sequence_length, run_seed=asked.seed,
@@ -233,6 +230,14 @@ def _sources(asked: RunConfig, tokenizer) -> list[tuple[Source, tuple[str, ...]]
     if not any(splits for _, splits in chosen):
         raise ConfigError(f"none of {', '.join(names)} has problems in the split {' or '.join(settings.splits)}.")
     return chosen
+
+
+def _names(asked: RunConfig) -> Sequence[str]:
+    """Of the sources that are sampled: those asked for, else all that have problems."""
+    sources = asked.data.sources.items()
+    return asked.evaluation.test_time.sources or [
+        name for name, source in sources if source.kind not in ("text", "tokens")
+    ]
 
 
 def describe_sampling(members: Sequence[Member]) -> list[dict[str, object]]:
@@ -248,13 +253,10 @@ def describe_sampling(members: Sequence[Member]) -> list[dict[str, object]]:
     for member in members:
         settings, model = member.config.evaluation.test_time, member.config.model
         tokens = settings.samples * min(settings.max_new_tokens, max(1, model.max_sequence_length // 2))
-        names = settings.sources or [
-            name for name, source in member.config.data.sources.items() if source.kind not in ("text", "tokens")
-        ]
         described.append({
             "name": member.name,
             **to_dict(settings),
-            "sources": list(names),
+            "sources": list(_names(member.config)),
             "tokens_per_problem": tokens,
             "flops_per_problem": 2 * accounting.parameter_count(model).active * tokens,
         })  # fmt: skip

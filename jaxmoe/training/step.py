@@ -193,9 +193,9 @@ def _compiled_step(
         }
         return following, metrics
 
-    options = kernel_options() if model.num_moe_layers else {}
+    options = step_options(model, partitioning)
     if partitioning is None:
-        return jax.jit(step, donate_argnums=0, compiler_options=options or None)
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
 
     def step_on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_partitioning(partitioning):
@@ -204,14 +204,20 @@ def _compiled_step(
     # Pinned: left to itself, the compiler may return moments spread otherwise than they came.
     shardings = abstract_shardings(model, train, num_sources, partitioning)
     everywhere = partitioning.sharding((), ())
-    if model.num_moe_layers and model.moe.expert_overlap:
-        options |= exchange_options(partitioning)
     return jax.jit(
         step_on_mesh,
         donate_argnums=0,
         out_shardings=(shardings, everywhere),
-        compiler_options=options or None,
+        compiler_options=options,
     )
+
+
+def step_options(model: ModelConfig, partitioning: Partitioning | None) -> dict[str, str] | None:
+    """`compiler_options` of a program that differentiates a model: what its kernels and their exchanges need."""
+    options = kernel_options() if model.num_moe_layers else {}
+    if model.num_moe_layers and model.moe.expert_overlap and partitioning is not None:
+        options |= exchange_options(partitioning)
+    return options or None
 
 
 @jax.jit

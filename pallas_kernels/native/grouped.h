@@ -325,7 +325,7 @@ inline void outer_product(LeftOf left_of, RightOf right_of, int64_t rows, int64_
 
 // --- elementwise ------------------------------------------------------------------------------------------------
 
-// exp to about one unit in the last place (Cephes' polynomial), between the smallest and largest normal number.
+// exp by Cephes' polynomial, between the smallest and largest normal number.
 inline Vector exponential(Vector x) {
   const Vector low = all(-87.3f), high = all(88.3f);
   const Integers below = x < low, above = x > high;

@@ -41,6 +41,10 @@ if "JAX_NUM_PROCESSES" in os.environ:
     connect()
     MESHES, CASES = {"pair": MeshConfig(fsdp=2, expert=2)}, [("pair", 2, "none")]
 
+of_eight_devices = pytest.mark.skipif(
+    jax.device_count() < 8, reason="eight devices are needed; test_meshes.py runs this file where there are"
+)
+
 
 @pytest.fixture(scope="session")
 def run(tiny_run, replace_train) -> RunConfig:
@@ -121,7 +125,7 @@ def test_a_step_does_not_depend_on_the_mesh_the_micro_batches_and_what_is_recomp
     assert_equal_steps(step_of(run, batch, MESHES[name]), on_one_device)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="of eight devices")
+@of_eight_devices
 def test_no_device_holds_more_than_its_part(run):
     """Parameters and moments are made spread over all devices, norms excepted; no array on the way is larger."""
     partitioning = make_partitioning(MESHES["fsdp_expert"])
@@ -138,7 +142,7 @@ def test_no_device_holds_more_than_its_part(run):
     assert max(sizes) == max(leaf.size for _, leaf in leaves) // 8
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="of eight devices")
+@of_eight_devices
 def test_answers_do_not_depend_on_the_mesh(run):
     """Generated with a cache, three prompts at a time, which no axis divides."""
     tokenizer = load_tokenizer("symbols")
@@ -156,7 +160,7 @@ def test_answers_do_not_depend_on_the_mesh(run):
     assert any(answer.text for answer in expected)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="of eight devices")
+@of_eight_devices
 def test_a_step_whose_rows_found_no_room_is_not_applied_where_the_buffer_is_strict(run, batch):
     moe = dataclasses.replace(run.model.moe, expert_buffer_factor=0.5, strict_buffer=True)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=1, first_dense_layers=0, moe=moe))
@@ -173,7 +177,7 @@ def test_a_step_whose_rows_found_no_room_is_not_applied_where_the_buffer_is_stri
         raise judge_bad_step(run, 1, metrics)("The checkpoint of step 0 is good.")
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="of eight devices")
+@of_eight_devices
 def test_an_evaluation_has_room_for_every_row_however_small_the_buffers_of_the_training(run, batch):
     """With half the mean's room, which drops half of the training's rows, the loss is that of one device."""
     moe = dataclasses.replace(run.model.moe, expert_buffer_factor=0.5, strict_buffer=True)
