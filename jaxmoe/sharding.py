@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jaxmoe.config import MESH_AXES, ConfigError, MeshConfig, RunConfig, check_mesh
 
@@ -176,6 +176,14 @@ def use_partitioning(partitioning: Partitioning | None) -> Iterator[None]:
             yield
     finally:
         _IN_USE.reset(token)
+
+
+def explicit_axes() -> tuple[str, ...]:
+    """The axes of the mesh that `jax.set_mesh` has set whose shardings are part of the arrays' types."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

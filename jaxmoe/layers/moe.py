@@ -22,7 +22,7 @@ from jaxmoe.layers.mlp import DenseMLP
 from jaxmoe.layers.parameters import dtype_name, normal_parameter, residual_output_std
 from jaxmoe.layers.router import Router, Routing
 from jaxmoe.layers.statistics import RouterStatistics
-from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use
+from jaxmoe.sharding import Partitioning, constrain, explicit_axes, partitioning_in_use
 
 _WEIGHTS = {"gate_up": ("experts", "expert_width", None), "down": ("experts", None, "expert_width")}
 """Logical axes of the experts' weights."""
@@ -184,11 +184,13 @@ class MoE(nnx.Module):
         """
         if x.shape[-1] != self.width:
             raise ConfigError(f"MoE: x has width {x.shape[-1]} but the layer has width={self.width}.")
-        partitioning = partitioning_in_use()
-        if partitioning is None:
-            y, statistics = self._on_one_device(x, mask)
-        else:
+        partitioning, explicit = partitioning_in_use(), explicit_axes()
+        if partitioning is not None:
             y, statistics = self._on_mesh(partitioning, x, mask)
+        elif explicit:
+            y, statistics = self._left_to_the_partitioner(explicit, x, mask)
+        else:
+            y, statistics = self._on_one_device(x, mask)
         if self.has_shared_expert:
             with jax.named_scope("shared_expert"):
                 y = y + self.shared_expert(x)
@@ -218,6 +220,21 @@ class MoE(nnx.Module):
                 backend=self.backend,
             )
         return y.reshape(x.shape), statistics
+
+    def _left_to_the_partitioner(
+        self, explicit: tuple[str, ...], x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None
+    ) -> tuple[Float[Array, "*tokens D"], RouterStatistics]:
+        """`_on_one_device` on somebody else's mesh whose axes are explicit, and have no rule for sorted rows.
+
+        XLA divides the computation as it does where axes are `Auto`; the outputs lie as x does.
+        """
+        definition, state = nnx.split(self)
+
+        def routed(state, x, mask):
+            return nnx.merge(definition, state)._on_one_device(x, mask)
+
+        out_sharding = (jax.typeof(x).sharding.spec, jax.P())
+        return jax.sharding.auto_axes(routed, axes=explicit, out_sharding=out_sharding)(state, x, mask)
 
     def _on_mesh(
         self, partitioning: Partitioning, x: Float[Array, "*tokens D"], mask: Bool[Array, "*tokens"] | None

@@ -43,7 +43,7 @@ def compiled(moe: MoE, spread: Partitioning | None):
 
     def loss(params, x, mask, cotangent):
         y, statistics = nnx.merge(definition, params)(x, mask)
-        total = jnp.vdot(y, cotangent) + 0.1 * statistics.z_sum + jnp.sum(statistics.probability_sum**2)
+        total = jnp.sum(y * cotangent) + 0.1 * statistics.z_sum + jnp.sum(statistics.probability_sum**2)
         return total, (y, statistics)
 
     def traced(*arguments):
@@ -102,6 +102,23 @@ def test_a_mesh_changes_no_number(settings, sizes, leading):
     statistics = assert_equal_on_both(make_moe(**settings), partitioning(**sizes), x, mask, cotangent)
     assert statistics.overflowed == 0
     assert (statistics.dropped > 0) == ("capacity_factor" in settings)
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto], ids=str)
+def test_somebody_elses_mesh_changes_no_number(kind):
+    """Of a program that knows nothing of `use_partitioning`; explicit axes are what `jax.make_mesh` makes."""
+    mesh, moe = jax.make_mesh((4, 2), ("rows", "model"), axis_types=(kind, kind)), make_moe()
+    x, cotangent = tokens(8, 4)
+    mask = jnp.arange(32).reshape(8, 4) % 5 > 0
+    expected = compiled(moe, None)(nnx.state(moe), x, mask, cotangent)
+    with jax.set_mesh(mesh):
+        inputs = jax.device_put((x, mask, cotangent), jax.NamedSharding(mesh, PartitionSpec("rows")))
+        params = jax.device_put(nnx.state(moe), jax.NamedSharding(mesh, PartitionSpec()))
+        actual = compiled.__wrapped__(moe, None)(params, *inputs)
+        (_, (y, _)), _ = actual
+        if kind == jax.sharding.AxisType.Explicit:
+            assert jax.typeof(y).sharding.spec == PartitionSpec("rows", None, None)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, expected)
 
 
 @pytest.mark.parametrize("busy", [(), (5, 2), (0, 1), (7, 6)], ids=lambda busy: "-".join(map(str, busy)) or "random")
