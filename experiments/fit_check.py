@@ -9,8 +9,8 @@
 Compiles the member's train step (or with `--what=decode` its decode step) with XLA's compiler for TPU or GPU and prints
 memory against what a device has, operations executed against those of the model, what devices exchange, and a roofline
 estimate of the step's time, which is no measurement (docs/fit_check.md has the formula). `--search` tries meshes,
-micro-batches and remat policies, those first that should need the least, and prints the fastest that fits. A train step
-compiles in one to three minutes on 2 cores. Exit status: 0 it fits, 1 it does not, 2 a mistake.
+micro-batches and remat policies, those first that should be fastest of what should fit, and prints the fastest that
+fits. A train step compiles in one to three minutes on 2 cores. Exit status: 0 it fits, 1 it does not, 2 a mistake.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def as_path(path: epath.PathLike) -> epath.Path:
         try:
             import gcsfs  # noqa: F401
         except ImportError as error:
-            raise ConfigError(f"{text}: gs:// needs `pip install jaxmoe[gcs]` ({error}).") from error
+            raise ConfigError(f"{text}: gs:// needs `pip install 'jaxmoe[gcs]'` ({error}).") from error
         fsspec_backend.fs(text).invalidate_cache()
     return epath.Path(text)
 

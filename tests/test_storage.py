@@ -56,5 +56,5 @@ def test_a_home_folder_is_found_and_a_bucket_is_no_folder():
 def test_a_bucket_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     for use in (as_path, lambda path: expand([path], [".txt"])):
-        with pytest.raises(ConfigError, match=r"gs://bucket/a.txt: gs:// needs `pip install jaxmoe\[gcs\]`"):
+        with pytest.raises(ConfigError, match=r"gs://bucket/a.txt: gs:// needs `pip install 'jaxmoe\[gcs\]'`"):
             use("gs://bucket/a.txt")

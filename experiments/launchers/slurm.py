@@ -143,7 +143,7 @@ class SlurmLauncher:
         try:
             import submitit
         except ImportError as error:
-            raise ConfigError(f"--launcher=slurm needs `pip install jaxmoe[slurm]` ({error}).") from error
+            raise ConfigError(f"--launcher=slurm needs `pip install 'jaxmoe[slurm]'` ({error}).") from error
         if self._options.executor == "slurm" and shutil.which("sbatch") is None:
             raise ConfigError(
                 "--launcher=slurm: there is no sbatch here; launch from a login node of the cluster, or try the jobs "

@@ -154,7 +154,7 @@ def _needed(package: str, path: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise DataError(f"{path}: needs `pip install jaxmoe[data]` ({error}).") from error
+        raise DataError(f"{path}: needs `pip install 'jaxmoe[data]'` ({error}).") from error
 
 
 def _rows(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """Rotary position embedding, half-split form (Su et al. 2021; the layout of GPT-NeoX and Llama).
 
-S sequence, V head width.
+S sequence.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def require_math_verify() -> None:
     """
     if importlib.util.find_spec("math_verify") is None:
         raise ConfigError(
-            "grpo.reward compares answers by math-verify, which is not installed: `pip install jaxmoe[post]`. "
+            "grpo.reward compares answers by math-verify, which is not installed: `pip install 'jaxmoe[post]'`. "
             "'final_number' and 'exact' need nothing."
         )
 

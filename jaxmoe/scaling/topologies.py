@@ -84,7 +84,7 @@ class Topology:
       name: as given.
       chip: of every device.
       devices: abstract ones, of all slices.
-      slice_of: slice of each device: of a TPU the slice, of GPUs the node (NVLink ends there).
+      slices: of TPUs, how many; 1 for GPUs, whose nodes are in the name.
     """
 
     name: str

@@ -87,5 +87,5 @@ def test_what_is_missing_is_known_before_the_first_step(grpo_run, starts, tmp_pa
         preflight(study, study.members, tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     study = study_of(grpo_run, starts, reward="math")
-    with pytest.raises(ConfigError, match=r"member 'pretrained': .*pip install jaxmoe\[post\]"):
+    with pytest.raises(ConfigError, match=r"member 'pretrained': .*pip install 'jaxmoe\[post\]'"):
         preflight(study, study.members, tmp_path)

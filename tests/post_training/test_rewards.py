@@ -68,6 +68,6 @@ def test_a_worker_that_hangs_or_dies_costs_its_answer_alone(program_rewards, mon
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(verification.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"math-verify, which is not installed: `pip install jaxmoe\[post\]`"):
+    with pytest.raises(ConfigError, match=r"math-verify, which is not installed: `pip install 'jaxmoe\[post\]'`"):
         check_reward("program")
     check_reward("exact")
