@@ -19,14 +19,13 @@ CONFIG = REPOSITORY / "tests" / "experiments" / "sweeps" / "tiny.py"
 
 
 class Sweep:
-    """The command, for one workdir; what is compiled is kept between its jobs."""
+    """The command, for one workdir."""
 
-    def __init__(self, folder, compiled):
+    def __init__(self, folder):
         self.workdir = folder / "study"
         self.marks = folder
         self.environment = {
             **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY), "JAXMOE_TEST_MARKS": str(folder),
-            "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
         self.config = CONFIG
 
@@ -56,14 +55,9 @@ class Sweep:
         return status
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture
-def sweep(compiled, tmp_path):
-    return Sweep(tmp_path, compiled)
+def sweep(tmp_path):
+    return Sweep(tmp_path)
 
 
 @pytest.mark.slow
@@ -134,8 +128,8 @@ def test_a_dry_run_shows_the_jobs_and_starts_none(sweep):
     assert not sweep.workdir.exists()
 
 
-def test_manifests_are_written_for_gke(bucket, compiled, tmp_path):
-    sweep = Sweep(tmp_path, compiled)
+def test_manifests_are_written_for_gke(bucket, tmp_path):
+    sweep = Sweep(tmp_path)
     sweep.workdir = f"{bucket}/sweep"
     where = ("--launcher=gke", "--topology=v6e:4x4", "--gke.image=registry/image", "--gke.cluster=pod",
              f"--logs={tmp_path}")  # fmt: skip

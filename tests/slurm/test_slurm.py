@@ -19,13 +19,12 @@ CONFIG = REPOSITORY / "tests" / "experiments" / "sweeps" / "tiny.py"
 class Sweep:
     """`experiments.sweep` on the cluster, for one workdir."""
 
-    def __init__(self, folder, slurm, compiled):
+    def __init__(self, folder, slurm):
         self.workdir = folder / "study"
         self.marks = folder
         self.environment = {
             **os.environ, "SLURM_CONF": str(slurm), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY),
-            "JAXMOE_TEST_MARKS": str(folder), "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAXMOE_TEST_MARKS": str(folder),
         }  # fmt: skip
 
     def __call__(self, *arguments, check=0):
@@ -62,14 +61,9 @@ class Sweep:
         return "".join(path.read_text()[-3000:] for path in self.workdir.glob("logs/submitit/*.out"))
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture
-def sweep(slurm, compiled, tmp_path):
-    one = Sweep(tmp_path, slurm, compiled)
+def sweep(slurm, tmp_path):
+    one = Sweep(tmp_path, slurm)
     yield one
     subprocess.run(["scancel", "--user=root"], env=one.environment, check=False)
 
