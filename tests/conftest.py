@@ -40,19 +40,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no worker is left alone with one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    slow = {item.path for item in items if item.get_closest_marker("slow") or "run_on_devices" in item.fixturenames}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="module")
 def optimized() -> Iterator[None]:
-    """Programs are compiled as for a user: for modules that look at what a compiler makes of them."""
+    """Programs are compiled here and as for a user: for modules that look at what a compiler makes of them."""
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
+    def update(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it asks whether it is enabled once
+
+    settings = {"jax_disable_most_optimizations": False, "jax_enable_compilation_cache": False}
+    before = {name: jax.config.read(name) for name in settings}
+    update(settings)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    update(before)
 
 
 @pytest.fixture(scope="session")

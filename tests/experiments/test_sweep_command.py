@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from jaxmoe.scaling.status import read_status
 from jaxmoe.storage import as_path
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -46,18 +47,22 @@ class Sweep:
     def status(self, *arguments):
         return {member["name"]: member for member in json.loads(self(*arguments, "--json", "status")[0])}
 
-    def until(self, ready, *arguments):
-        """Waits until `ready(status)`; returns that status."""
+    def until(self, ready, member):
+        """Waits until `ready(status)` of a member; looks often, so that nothing that lasts a second is missed."""
         deadline = time.monotonic() + 400
-        while not ready(status := self.status(*arguments)):
+        while not ready(status := read_status(self.workdir / member)):
             assert time.monotonic() < deadline, (status, [log.read_text() for log in self.workdir.glob("logs/*.log")])
-            time.sleep(0.8)
-        return status
+            time.sleep(0.05)
 
 
 @pytest.fixture
 def sweep(tmp_path):
     return Sweep(tmp_path)
+
+
+def running(start):
+    """Whether a member is at work, after so many starts."""
+    return lambda status: (status.get("state"), status.get("starts")) == ("running", start)
 
 
 @pytest.mark.slow
@@ -70,9 +75,9 @@ def test_a_family_survives_what_happens_to_its_jobs(sweep):
     sweep.environment["JAXMOE_TEST_FAILS"] = "E4"
     cores = min(2, len(os.sched_getaffinity(0)))
     first = sweep.start(length, f"--parallel={cores}", "launch")
-    sweep.until(lambda status: status["E2"]["state"] == "running", length)
+    sweep.until(running(1), "E2")
     os.kill(int((sweep.workdir / "logs" / "E2.pid").read_text()), signal.SIGKILL)
-    sweep.until(lambda status: (status["E2"]["state"], status["E2"]["starts"]) == ("running", 2), length)
+    sweep.until(running(2), "E2")
     assert "launcher (process" in sweep(length, "cancel")[0]
     _, told = first.communicate(timeout=300)
     assert first.returncode == 75, told
@@ -107,16 +112,17 @@ def test_submitit_s_local_executor_runs_the_slurm_jobs(sweep):
     length = ("--config.train.steps=2000",)
     sweep.config = f"{CONFIG}:E2"
     launch = sweep.start(*where, *length, "launch", quiet=True)  # the jobs inherit its output
-    assert launch.wait(timeout=60) == 0
-    sweep.until(lambda status: status["E2"]["state"] == "running", *length)
+    assert launch.wait(timeout=300) == 0
+    sweep.until(running(1), "E2")
     controller = psutil.Process(int(json.loads((sweep.workdir / "logs" / "slurm.json").read_text())["E2"]))
     (task,) = controller.children()
     task.send_signal(signal.SIGUSR2)
-    ended = sweep.until(lambda status: status["E2"]["state"] == "done", *length)
+    sweep.until(lambda status: status.get("state") == "done", "E2")
+    ended = sweep.status(*length)
     assert ended["E2"]["starts"] == 2
     assert ended["E2"]["step"] == 2000
     with contextlib.suppress(psutil.NoSuchProcess):
-        controller.wait(timeout=30)
+        controller.wait(timeout=300)
     assert sweep(*where, *length, "cancel")[0] == "nothing is queued or running\n"
 
 
