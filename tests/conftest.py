@@ -56,7 +56,7 @@ def optimized() -> Iterator[None]:
         compilation_cache.reset_cache()  # it asks whether it is enabled once
 
     settings = {"jax_disable_most_optimizations": False, "jax_enable_compilation_cache": False}
-    before = {name: jax.config.read(name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
     update(settings)
     yield
     update(before)
