@@ -15,7 +15,7 @@ study: $(VENV)/.ready
 
 test: $(VENV)/.ready $(VENV)/.compilers $(VENV)/compilers $(VENV)/.huggingface
 	$(BIN)/ruff check .
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -q
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder -q
 
 env: $(VENV)/.ready
 

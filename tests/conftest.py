@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,43 @@ hypothesis.settings.load_profile("jaxmoe")
 # gcsfs asks the storage server again and again what kind of bucket it has, which that cannot tell.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
+# Compiling takes longer than running here. The numbers are those of other programs than users have, and the same in
+# all processes of the tests; what is said about compiled programs comes of the fixture `optimized`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 SHARED = pathlib.Path(os.environ.get("JAXMOE_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What one process of the tests has compiled the others take from a folder, for as long as the tests run."""
+    if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="jaxmoe-compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or "run_on_devices" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Programs are compiled here and as for a user: for modules that look at what a compiler makes of them."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def update(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it asks whether it is enabled once
+
+    settings = {"jax_disable_most_optimizations": False, "jax_enable_compilation_cache": False}
+    before = {name: jax.config.values[name] for name in settings}
+    update(settings)
+    yield
+    update(before)
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +83,7 @@ def run_on_devices() -> Callable[..., None]:
     """
 
     def run(path: pathlib.Path, *arguments: str, devices: int = 8, processes: int = 1) -> None:
-        # Compiling takes longer than running here; the numbers are those of any other optimization level.
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = f"--xla_force_host_platform_device_count={devices}"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), *arguments]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTEST_ADDOPTS": ""}
         if processes > 1:

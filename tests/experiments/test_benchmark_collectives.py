@@ -12,6 +12,8 @@ from experiments.benchmarks.collectives import Case, Collective
 from jaxmoe.config import ConfigError, MeshConfig
 from pallas_kernels import targets
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TPU = Case("v5p", "v5p:2x2x1", MeshConfig(fsdp=2, expert=2), 4, 512, 1024, 256, 8, 2)
 GPU = Case("h100", "1x1x4", MeshConfig(fsdp=2, expert=2), 4, 512, 1024, 256, 8, 2)
 

@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from jaxmoe.scaling.status import read_status
 from jaxmoe.storage import as_path
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -19,14 +20,13 @@ CONFIG = REPOSITORY / "tests" / "experiments" / "sweeps" / "tiny.py"
 
 
 class Sweep:
-    """The command, for one workdir; what is compiled is kept between its jobs."""
+    """The command, for one workdir."""
 
-    def __init__(self, folder, compiled):
+    def __init__(self, folder):
         self.workdir = folder / "study"
         self.marks = folder
         self.environment = {
             **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY), "JAXMOE_TEST_MARKS": str(folder),
-            "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
         self.config = CONFIG
 
@@ -47,23 +47,22 @@ class Sweep:
     def status(self, *arguments):
         return {member["name"]: member for member in json.loads(self(*arguments, "--json", "status")[0])}
 
-    def until(self, ready, *arguments):
-        """Waits until `ready(status)`; returns that status."""
+    def until(self, ready, member):
+        """Waits until `ready(status)` of a member; looks often, so that nothing that lasts a second is missed."""
         deadline = time.monotonic() + 400
-        while not ready(status := self.status(*arguments)):
+        while not ready(status := read_status(self.workdir / member)):
             assert time.monotonic() < deadline, (status, [log.read_text() for log in self.workdir.glob("logs/*.log")])
-            time.sleep(0.8)
-        return status
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+            time.sleep(0.05)
 
 
 @pytest.fixture
-def sweep(compiled, tmp_path):
-    return Sweep(tmp_path, compiled)
+def sweep(tmp_path):
+    return Sweep(tmp_path)
+
+
+def running(start):
+    """Whether a member is at work, after so many starts."""
+    return lambda status: (status.get("state"), status.get("starts")) == ("running", start)
 
 
 @pytest.mark.slow
@@ -76,9 +75,9 @@ def test_a_family_survives_what_happens_to_its_jobs(sweep):
     sweep.environment["JAXMOE_TEST_FAILS"] = "E4"
     cores = min(2, len(os.sched_getaffinity(0)))
     first = sweep.start(length, f"--parallel={cores}", "launch")
-    sweep.until(lambda status: status["E2"]["state"] == "running", length)
+    sweep.until(running(1), "E2")
     os.kill(int((sweep.workdir / "logs" / "E2.pid").read_text()), signal.SIGKILL)
-    sweep.until(lambda status: (status["E2"]["state"], status["E2"]["starts"]) == ("running", 2), length)
+    sweep.until(running(2), "E2")
     assert "launcher (process" in sweep(length, "cancel")[0]
     _, told = first.communicate(timeout=300)
     assert first.returncode == 75, told
@@ -113,16 +112,17 @@ def test_submitit_s_local_executor_runs_the_slurm_jobs(sweep):
     length = ("--config.train.steps=2000",)
     sweep.config = f"{CONFIG}:E2"
     launch = sweep.start(*where, *length, "launch", quiet=True)  # the jobs inherit its output
-    assert launch.wait(timeout=60) == 0
-    sweep.until(lambda status: status["E2"]["state"] == "running", *length)
+    assert launch.wait(timeout=300) == 0
+    sweep.until(running(1), "E2")
     controller = psutil.Process(int(json.loads((sweep.workdir / "logs" / "slurm.json").read_text())["E2"]))
     (task,) = controller.children()
     task.send_signal(signal.SIGUSR2)
-    ended = sweep.until(lambda status: status["E2"]["state"] == "done", *length)
+    sweep.until(lambda status: status.get("state") == "done", "E2")
+    ended = sweep.status(*length)
     assert ended["E2"]["starts"] == 2
     assert ended["E2"]["step"] == 2000
     with contextlib.suppress(psutil.NoSuchProcess):
-        controller.wait(timeout=30)
+        controller.wait(timeout=300)
     assert sweep(*where, *length, "cancel")[0] == "nothing is queued or running\n"
 
 
@@ -134,8 +134,8 @@ def test_a_dry_run_shows_the_jobs_and_starts_none(sweep):
     assert not sweep.workdir.exists()
 
 
-def test_manifests_are_written_for_gke(bucket, compiled, tmp_path):
-    sweep = Sweep(tmp_path, compiled)
+def test_manifests_are_written_for_gke(bucket, tmp_path):
+    sweep = Sweep(tmp_path)
     sweep.workdir = f"{bucket}/sweep"
     where = ("--launcher=gke", "--topology=v6e:4x4", "--gke.image=registry/image", "--gke.cluster=pod",
              f"--logs={tmp_path}")  # fmt: skip

@@ -19,6 +19,8 @@ from jaxmoe.sharding import Partitioning, use_partitioning
 from pallas_kernels import compiling_for, targets
 from pallas_kernels.gpu_resources import resources
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 EIGHT = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
 KERNELS = [
     "splash_mha_dkv_segmented_no_residuals",

@@ -17,6 +17,8 @@ from pallas_kernels.group_tiles import most_tiles
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.triton_gpu import row_tile
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SHAPES = {
     "study": (4096, 2, 64, 1024, 2048),
     "one_expert_each": (4096, 2, 8, 512, 1024),

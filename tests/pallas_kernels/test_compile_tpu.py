@@ -14,6 +14,8 @@ from pallas_kernels import cases, compile_all, compiler_options, compiling_for, 
 from pallas_kernels.execution import Target
 from pallas_kernels.grouped_matmul.mosaic_tpu import row_tile
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SHAPES = {
     "study": cases.Shape(4096, 2, 64, 1024, 2048),
     "fine_grained": cases.Shape(4096, 8, 256, 2048, 128),

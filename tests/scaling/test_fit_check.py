@@ -17,6 +17,8 @@ from jaxmoe.scaling.fit_search import expected_bytes, expected_seconds, plans_of
 from jaxmoe.scaling.fit_table import smallest_fit, table, versions
 from jaxmoe.scaling.topologies import GIB, describe_topology
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def topology_of(name, slices=1):
     """The topology; the test is skipped where its compiler is not installed."""

@@ -1,12 +1,9 @@
-"""The report of a study: its numbers are the records', its words follow from them, and its page holds together."""
+"""The report of a study: its numbers are the records', and its page holds together."""
 
 import dataclasses
-import html.parser
 import itertools
 import json
 import math
-import pathlib
-import struct
 import subprocess
 import sys
 
@@ -14,169 +11,14 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from jaxmoe.evaluation.records import make_record, write_records
 from jaxmoe.scaling import results_table
-from jaxmoe.scaling.report import ReportError, build_report, comparison, findings, plots, style, tables
+from jaxmoe.scaling.report import ReportError, build_report, plots, style, tables
 from jaxmoe.storage import write_json
 
-STEPS, TOKENS_PER_STEP = 20, 1000
-CONFIG_HASH = "0123456789abcdef"
+from .synthetic_study import FAMILY, STEPS, Page, Run, png_size, write_study
 
-
-@dataclasses.dataclass
-class Run:
-    """One run of a synthetic study; `recall` and `solved` are its final accuracies."""
-
-    name: str
-    arm: str
-    total: int
-    recall: float = 0.5
-    solved: float = 0.5
-    loss: float = 2.0
-    seed: int = 0
-    slices: tuple = ("main",)
-    learning_rate: float = 0.01
-    corruption: float = 0.2
-    reached: int = STEPS
-    experts: int = 2
-
-
-def write_study(directory, runs, *, sources=("knowledge", "reasoning"), slices=None, notes=()):
-    """A study's folder as `experiments.run` leaves it, evaluated at half time and at the end."""
-    members = []
-    for run in runs:
-        summary = {
-            "name": run.name, "arm": run.arm, "seed": run.seed, "slices": list(run.slices),
-            "total_parameters": run.total, "active_parameters": 100, "flops_per_token": 600,
-            "tokens": STEPS * TOKENS_PER_STEP, "tokens_per_parameter": STEPS * TOKENS_PER_STEP / run.total,
-            "sparsity": 1 - 2 / run.experts,
-            "num_experts": run.experts, "experts_per_token": 2, "learning_rate": run.learning_rate,
-            "config_hash": CONFIG_HASH,
-        }  # fmt: skip
-        members.append(summary)
-        if run.reached:
-            write_run(directory / run.name, run, summary, sources)
-    study = {
-        "name": "synthetic", "title": "A <synthetic> study", "held_fixed": {"active_parameters": 0.1, "tokens": 0.0},
-        "varies": ["total_parameters"], "notes": list(notes), "headline": runs[0].slices[0],
-        "slices": slices or {}, "members": members, "command": "python -m experiments.run --config=mine.py",
-    }  # fmt: skip
-    write_json(directory / "study.json", study)
-    return directory
-
-
-def write_run(folder, run, summary, sources):
-    kinds = {"knowledge": {"kind": "knowledge"}, "reasoning": {"kind": "reasoning", "corruption": run.corruption}}
-    config = {
-        "name": run.name, "seed": run.seed, "train": {"steps": STEPS, "learning_rate": run.learning_rate},
-        "data": {"sources": {source: kinds.get(source, {"kind": "text"}) for source in sources}},
-    }  # fmt: skip
-    write_json(folder / "config.json", config)
-    by_source = {f"loss/{source}": run.loss for source in sources}
-    logs = {"metrics": {"loss": run.loss, **by_source, "skipped": 1},
-            "throughput": {"step_seconds": 0.6, "tokens_per_second": 100.0}}  # fmt: skip
-    for name, numbers in logs.items():
-        lines = [json.dumps({"step": step, **numbers}) + "\n" for step in range(1, run.reached + 1)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    for step in (STEPS // 2, STEPS):
-        if step <= run.reached:
-            write_records(folder, records(run, summary, sources, step))
-    if run.reached == STEPS:
-        write_json(folder / "DONE", {"step": STEPS, "loss": run.loss, "config_hash": CONFIG_HASH})
-
-
-def records(run, summary, sources, step):
-    identity = {name: value for name, value in summary.items() if name != "name"}
-    identity |= {
-        "study": "synthetic", "member": run.name, "slices": ",".join(run.slices), "step": step,
-        "tokens": step * TOKENS_PER_STEP, "init_std": 0.02, "device": "cpu x1",
-        "version_jax": "0.10.2", "dropped_fraction": 0.0,
-    }  # fmt: skip
-    part = step / STEPS
-
-    def record(evaluation, source, split, **numbers):
-        return make_record({**identity, "evaluation": evaluation, "source": source, "split": split}, numbers)
-
-    load = [[0.75] + [0.25 / (run.experts - 1)] * (run.experts - 1)] * 2
-    numbers = {"dead_experts": 0, "load_max_over_mean": 1.5, "skipped_steps": 1}
-    yield record("training", "all", "train", loss=run.loss / part, expert_load=load, **numbers)
-    for source in sources:
-        for split, worse in (("train", 0.0), ("test", 0.25)):
-            yield record("validation", source, split, loss=run.loss + worse, standard_error=0.001)
-    scores = {
-        ("knowledge", "train"): run.recall, ("knowledge", "test"): 0.004, ("reasoning", "train"): 0.9 * run.solved,
-        ("reasoning", "train_clean"): 0.95 * run.solved, ("reasoning", "test"): run.solved,
-    }  # fmt: skip
-    for (source, split), accuracy in scores.items():
-        if source in sources:
-            yield record(
-                "task", source, split, bits_per_token=(2 - accuracy) / part, bits_per_token_standard_error=0.01,
-                bits_per_byte=1.0, loss=1.0, accuracy=accuracy * part, accuracy_standard_error=0.01,
-                accuracy_kind="value_recall" if source == "knowledge" else "exact_match", chance_accuracy=0.004,
-                examples=100,
-            )  # fmt: skip
-
-
-FAMILY = [
-    Run("E2", "E2", 1_000, recall=0.10, solved=0.75, loss=3.9, experts=2),
-    Run("E8", "E8", 2_000, recall=0.21, solved=0.81, loss=3.4, experts=8),
-    Run("E64", "E64", 16_000, recall=0.65, solved=0.74, loss=1.7, experts=64),
-]
-
-
-def seeds(runs, spread=0.1):
-    """Each run with seeds 0 and 1, which differ by `spread` in what they solve."""
-    for run, seed in itertools.product(runs, (0, 1)):
-        solved = run.solved + spread * (seed - 0.5)
-        yield dataclasses.replace(run, name=f"{run.arm}-seed{seed}", seed=seed, solved=solved)
-
-
-class Page(html.parser.HTMLParser):
-    """Links, images and text of a page."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.links, self.images, self.sources, self.anchors, self.words = [], [], [], set(), []
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.anchors |= {attributes.get("id")}
-        if tag == "a":
-            self.links.append(attributes["href"])
-        if tag in ("img", "source"):
-            (self.images if tag == "img" else self.sources).append(attributes)
-        assert tag not in ("script", "link"), "the page needs nothing but its images"
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join("".join(self.words).split())
-
-
-def png_size(path):
-    return struct.unpack(">II", path.read_bytes()[16:24])
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """Report of three members with one seed, in full."""
-    directory = write_study(tmp_path_factory.mktemp("quick"), FAMILY, notes=("Mind the <b>corruption</b>.",))
-    return pathlib.Path(build_report(directory, svg=True)).parent
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Reports without the time that images take: every figure is still laid out."""
-    monkeypatch.setattr(style, "image_bytes", lambda figure, kind="png": b"")
-
-
-# -------------------------------------------------------------------------------------- numbers and files
+# ---------------------------------------------------------------------------------------------------- numbers and files
 
 
 def test_the_csv_of_a_figure_holds_the_records_numbers(quick):
@@ -310,82 +152,7 @@ def test_importing_the_report_imports_no_plotting():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ------------------------------------------------------------------------------------------------ findings
-
-
-def said(directory):
-    """What the first slice's findings say, as text."""
-    loaded = tables.load_study(directory)
-    compared = comparison.compare(loaded, loaded.slices[0])
-    return [str(one) for one in (*findings.slice_findings(loaded, compared), *findings.study_checks(loaded))]
-
-
-def test_findings_of_one_seed(quick):
-    sentences = said(quick.parent)
-    assert sentences[:3] == [
-        "Training loss falls with total parameters: 3.900 → 3.400 → 1.700 "
-        "(3 members, 1 seed; down in 2 of 2 adjacent pairs).",
-        "Knowledge accuracy (train) rises with total parameters: 0.100 → 0.210 → 0.650 "
-        "(3 members, 1 seed; up in 2 of 2 adjacent pairs).",
-        "Reasoning accuracy (test) does not go one way with total parameters: 0.750 → 0.810 → 0.740 "
-        "(3 members, 1 seed; up in 1 and down in 1 of 2 adjacent pairs).",
-    ]
-    assert (
-        "Reasoning accuracy (test) is highest at E8 (2k parameters, TPP 10), inside the family, by 0.060 over the "
-        "better edge (one seed: may be chance)."
-    ) in sentences
-    assert "Tokens are 20,000 for every member of the headline." in sentences
-    assert "Some steps were skipped because a number was not finite (E2 1, E8 1, E64 1)." in sentences
-    text = Page(quick / "index.html").text
-    assert all(sentence in text for sentence in sentences)
-
-
-def test_a_change_within_the_spread_of_seeds_is_no_trend(tmp_path):
-    sentences = said(write_study(tmp_path, list(seeds(FAMILY))))
-    assert (
-        "Reasoning accuracy (test) does not change beyond its noise with total parameters: 0.750 → 0.810 → 0.740 "
-        "(3 members, 2 seeds; up in 2 and down in 2 of 4 adjacent pairs; seeds differ by 0.100)."
-    ) in sentences
-    assert not any("highest" in sentence for sentence in sentences)
-
-
-def test_an_optimum_at_the_edge_is_called_one(tmp_path):
-    runs = [dataclasses.replace(run, solved=solved) for run, solved in zip(FAMILY, (0.9, 0.7, 0.5))]
-    sentences = said(write_study(tmp_path, runs))
-    assert (
-        "Reasoning accuracy (test) is highest at E2 (1k parameters, TPP 20), an edge of the family: it shows no "
-        "optimum inside." in sentences
-    )
-
-
-def line(values, errors=0.0):
-    """Rows of one line, a list of values per seed."""
-    rows = [(f"a{place}", seed, float(place), value, errors)
-            for seed, own in enumerate(values) for place, value in enumerate(own)]  # fmt: skip
-    return pd.DataFrame(rows, columns=["arm", "seed", "x", "value", "standard_error"])
-
-
-@given(st.lists(st.integers(-50, 50), min_size=2, max_size=7, unique=True))
-def test_monotone_means_every_step_goes_one_way(values):
-    found = findings.trend(line([values]), "x")
-    steps = [after - before for before, after in itertools.pairwise(values)]
-    assert (found.up, found.down, found.pairs) == (sum(s > 0 for s in steps), sum(s < 0 for s in steps), len(steps))
-    assert found.monotone == (values in (sorted(values), sorted(values, reverse=True)))
-    if found.monotone:
-        assert found.verdict() == ("rises" if values[-1] > values[0] else "falls")
-        assert found.spearman == pytest.approx(math.copysign(1, values[-1] - values[0]))
-
-
-def test_the_error_over_examples_counts_for_one_seed():
-    assert findings.trend(line([[0.50, 0.52]], errors=0.01), "x").verdict() == "does not change beyond its noise"
-    assert findings.trend(line([[0.50, 0.54]], errors=0.01), "x").verdict() == "rises"
-
-
-def test_one_arm_has_no_trend():
-    assert findings.trend(line([[1.0]]), "x") is None
-
-
-# -------------------------------------------------------------------------------------- unfinished studies
+# --------------------------------------------------------------------------------------------------- unfinished studies
 
 
 def test_unfinished_members_are_named_and_left_out_of_comparisons(tmp_path, undrawn):
@@ -489,56 +256,7 @@ def test_what_no_report_can_be_made_of_is_said(tmp_path, spoil, message):
         build_report(tmp_path / "study")
 
 
-# -------------------------------------------------------------------------------------------------- slices
-
-
-def test_a_slice_over_another_setting_has_a_line_for_each_size(tmp_path, undrawn):
-    runs = [
-        Run(f"E{size}-lr{rate}", f"E{size}-lr{rate}", size * 1000, solved=solved, learning_rate=rate, slices=("rates",))
-        for (size, rate), solved in zip(itertools.product((2, 64), (0.001, 0.01)), (0.9, 0.5, 0.4, 0.6))
-    ]
-    directory = write_study(tmp_path, runs, slices={"rates": {"x": "learning_rate", "title": "Rates", "note": "Mind."}})
-    loaded = tables.load_study(directory)
-    compared = comparison.compare(loaded, loaded.slices[0])
-    assert compared.series == ("2k parameters", "64k parameters")
-    assert (
-        "Reasoning accuracy (test) against learning rate – 2k parameters: falls, 0.900 → 0.500; 64k parameters: rises, "
-        "0.400 → 0.600 (1 seed)." in said(directory)
-    )
-    page = Page(build_report(directory))
-    assert "Losses and accuracy against learning rate." in page.text
-    assert "Rates" in page.text
-    assert "Mind." in page.text
-
-
-def test_another_slice_over_total_parameters_shows_the_headline_beside_it(tmp_path, undrawn):
-    clean = [
-        dataclasses.replace(run, name=f"{run.name}-clean", arm=f"{run.arm}-clean", solved=1.0, slices=("control",),
-                            corruption=0.0)
-        for run in FAMILY
-    ]  # fmt: skip
-    report = build_report(write_study(tmp_path, [*FAMILY, *clean], slices={"main": {}, "control": {}})).parent
-    drawn = pd.read_csv(report / "control-effect.csv", keep_default_na=False)
-    solved = drawn[(drawn.source == "reasoning") & (drawn.metric == "accuracy") & (drawn.split == "test")]
-    assert solved[solved.series == "control"].value.tolist() == [1.0] * 3
-    assert solved[solved.series == "main"].value.tolist() == [0.75, 0.81, 0.74]
-    assert "By comparison “main” does not go one way: 0.750 → 0.810 → 0.740" in Page(report / "index.html").text
-
-
-def test_text_alone_is_compared_by_validation_loss(tmp_path, undrawn):
-    report = build_report(write_study(tmp_path, FAMILY, sources=("documents",))).parent
-    drawn = pd.read_csv(report / "main-effect.csv", keep_default_na=False)
-    assert set(drawn.metric) == {"training_loss", "validation_loss"}
-    gap = pd.read_csv(report / "main-gap.csv")
-    assert gap.gap.tolist() == pytest.approx([0.25] * 3)
-    assert not (report / "main-accuracy.csv").exists()
-
-
-def test_one_member_makes_a_page(tmp_path, undrawn):
-    assert "1 members × 1 seed" in Page(build_report(write_study(tmp_path, FAMILY[:1]))).text
-
-
-# ------------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize(
@@ -555,4 +273,3 @@ def test_every_kind_of_source_has_its_own_colour():
     colours = style.source_colours(kinds)
     assert len(set(colours.values())) == len(kinds)
     assert style.source_colours({"t": "text"})["t"] == colours["t"]
-

@@ -1,97 +1,26 @@
-"""Running a study: what is written, resumed, skipped, refused; nothing that was done is lost."""
+"""Running a study: what is written, resumed and skipped; nothing that was done is lost."""
 
-import copy
 import errno
 import json
 import math
 import os
-import shutil
 import signal
 
 import pytest
 
 from jaxmoe.config import ConfigError, config_hash
-from jaxmoe.exclusive import exclusive
 from jaxmoe.scaling import (
-    Study,
     StudyResult,
     pending_records,
-    preflight,
     read_records,
     results_table,
     run_member,
     run_study,
     runner,
 )
-from jaxmoe.training import NoSpaceLeftError, ProgressReporter
-from jaxmoe.training.checkpoints import _checksum as checksum
-from pallas_kernels import native
+from jaxmoe.training import NoSpaceLeftError
 
-CONFIG = {
-    "study": {"name": "tiny", "title": "Tiny", "held_fixed": {"tokens": 0.0}},
-    "model": {
-        "vocab_size": 280, "width": 16, "num_layers": 1, "num_heads": 2, "max_sequence_length": 16, "init_std": 0.1,
-        "moe": {"num_experts": 4, "experts_per_token": 2, "expert_hidden": 8, "capacity_factor": 0.5},
-    },
-    "data": {
-        "tokenizer": "symbols",
-        "sources": {
-            "knowledge": {"kind": "knowledge", "entities": 50, "test_entities": 8},
-            "reasoning": {"kind": "reasoning", "problems": 50, "test_problems": 8, "corruption": 0.2},
-        },
-    },
-    "train": {"steps": 8, "batch_size": 4, "sequence_length": 16, "learning_rate": 1e-2, "log_every": 1,
-              "checkpoint_every": 2},
-    "evaluation": {"points": 2, "examples": 8, "batch_size": 8, "validation_rows": 8},
-    "members": {"first": {}, "second": {"train": {"learning_rate": 2e-2}}},
-}  # fmt: skip
-
-
-def study_of(**values):
-    """The study with entries set by dotted path, `__` for the dots."""
-    config = copy.deepcopy(CONFIG)
-    for path, value in values.items():
-        *sections, last = path.split("__")
-        place = config
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return Study.from_config_dict(config)
-
-
-def contents(folder):
-    """Every file that a run writes for good, except what tells the time."""
-    keep = [*folder.glob("*/metrics.jsonl"), *folder.glob("*/records/*.json"), *folder.glob("*/DONE")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in keep}
-
-
-class Stopping(ProgressReporter):
-    """Asks the run to stop as a scheduler would, once a member has done `step` steps."""
-
-    def __init__(self, member, step):
-        super().__init__(terminal=False)
-        self.where, self.at, self.now = member, step, None
-
-    def member(self, name, total, done=0):
-        super().member(name, total, done)
-        self.now = name
-
-    def advance(self, step, *args, **kwargs):
-        super().advance(step, *args, **kwargs)
-        if (self.now, step) == (self.where, self.at):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, run_study(study_of(), folder)
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A copy of the finished study that a test may change."""
-    return shutil.copytree(finished[0], tmp_path / "study")
+from .tiny_study import Stopping, contents, study_of
 
 
 def test_every_member_is_trained_evaluated_and_marked_done(finished):
@@ -177,17 +106,6 @@ def test_a_stopped_study_goes_on_to_the_same_files(finished, tmp_path, step):
     assert contents(tmp_path) == contents(finished[0])
 
 
-def test_a_folder_of_another_configuration_is_refused_with_the_difference(copied):
-    before = contents(copied)
-    changed = study_of(train__weight_decay=0.5)
-    with pytest.raises(ConfigError) as error:
-        run_study(changed, copied)
-    message = str(error.value)
-    for part in ("train.weight_decay", "0.1", "0.5", "--resume=force", "another folder", "first"):
-        assert part in message
-    assert contents(copied) == before
-
-
 def test_force_evaluates_again_with_the_new_settings_and_trains_no_further(copied):
     changed = study_of(evaluation__examples=4)
     result = run_study(changed, copied, only="first", resume="force")
@@ -202,36 +120,6 @@ def test_force_evaluates_again_with_the_new_settings_and_trains_no_further(copie
     for step in (4, 8):
         earlier = json.loads((aside / f"task-reasoning-test-{step:08d}.json").read_text())
         assert earlier["examples"] == 8, "set aside, not lost"
-
-
-def test_a_study_does_not_start_while_another_process_trains_a_member(tmp_path):
-    with exclusive(tmp_path / "second"), pytest.raises(ConfigError, match="second: process .* is training in this"):
-        run_study(study_of(), tmp_path)
-    assert not (tmp_path / "first").exists()
-    assert not (tmp_path / "study.json").exists()
-
-
-def test_a_checkpoint_of_a_newer_version_is_noticed_before_anything_is_trained(copied):
-    (copied / "second" / "DONE").unlink()
-    shutil.rmtree(copied / "first")
-    path = copied / "second" / "checkpoints" / "8" / "metadata" / "metadata"
-    newer = {**json.loads(path.read_text()), "format_version": 99}
-    newer.pop("checksum")
-    path.write_text(json.dumps({**newer, "checksum": checksum(newer)}))
-    with pytest.raises(ConfigError, match="member 'second': the checkpoint of step 8 .* has format 99"):
-        run_study(study_of(), copied)
-    assert not (copied / "first").exists()
-    path.write_text("{")  # damaged: the one before it will be taken
-    run_study(study_of(), copied)
-    assert (copied / "second" / "unreadable_checkpoints" / "8").is_dir()
-
-
-def test_force_does_not_relabel_a_finished_member(copied):
-    before = contents(copied) | {"config": (copied / "first" / "config.json").read_bytes()}
-    with pytest.raises(ConfigError, match="finished run") as error:
-        run_study(study_of(train__weight_decay=0.5), copied, resume="force")
-    assert "train.weight_decay: 0.1 in the folder, 0.5 now" in str(error.value)
-    assert contents(copied) | {"config": (copied / "first" / "config.json").read_bytes()} == before
 
 
 def test_force_on_an_unfinished_member_is_recorded(tmp_path):
@@ -277,14 +165,6 @@ def test_a_signal_outside_of_training_stops_the_study_too(tmp_path, monkeypatch,
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"members": 3}'])
-def test_a_broken_study_file_is_named(copied, content):
-    (copied / "study.json").write_text(content)
-    for use in (lambda: run_study(study_of(), copied), lambda: read_records(copied)):
-        with pytest.raises(ConfigError, match=r"study\.json .*; restore it, or delete it and run the study again"):
-            use()
-
-
 @pytest.mark.parametrize("content", ["", "[]", '{"step": 8}'])
 def test_a_broken_done_counts_as_not_done(copied, finished, caplog, content):
     (copied / "first" / "DONE").write_text(content)
@@ -299,11 +179,6 @@ def test_force_trains_on_when_there_are_more_steps(copied):
     assert (result.members[0].status, result.members[0].step) == ("done", 10)
     steps = [json.loads(line)["step"] for line in (copied / "first" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 11))
-
-
-def test_a_folder_of_another_study_is_refused(copied):
-    with pytest.raises(ConfigError, match="study.name is 'tiny' in the folder, 'other' now"):
-        run_study(study_of(study__name="other"), copied)
 
 
 def test_only_one_member(tmp_path, monkeypatch):
@@ -407,71 +282,6 @@ def test_running_slices_one_after_the_other_adds_to_the_study(copied):
     assert {member["name"] for member in listed["members"]} == {"first", "second"}
     assert listed["slices"] == {"other": {"title": "Other", "x": "learning_rate"}, "headline": {}}
     assert listed["headline"] == "headline"
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"model__vocab_size": 100}, r"member 'first': model\.vocab_size=100 is smaller than the tokenizer's \d+"),
-        ({"model__moe__backend": "tpu"}, "member 'first': model.moe.backend='tpu' runs on TPU .* platform is 'cpu'"),
-        ({"model__attention": "splash"}, "member 'first': model.attention='splash': it runs on TPUs"),
-        ({"train__sequence_length": 8}, r"member 'first': .*sequence_length=\d+ or more is needed"),
-        (
-            {"members__second__data": {"sources": {"text": {"kind": "text", "weight": 0.0, "paths": ("no/such.txt",)}}},
-             "members__second__slices": ("other",)},
-            r"member 'second': .*no/such\.txt",
-        ),
-        ({"members__second__train__steps": 9}, r"tokens fixed, but member 'second'"),
-    ],
-)  # fmt: skip
-def test_what_can_be_known_is_known_before_training(tmp_path, values, message):
-    study = study_of(**values)
-    if "text" in message or "such" in message:
-        study = study_of(**values, data__tokenizer="bytes", model__max_sequence_length=64, train__sequence_length=32)
-    with pytest.raises(ConfigError, match=message):
-        run_study(study, tmp_path)
-    assert not (tmp_path / "first").exists()
-    assert not (tmp_path / "study.json").exists()
-
-
-def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ConfigError, match=r"no space left for the checkpoints of 2 members: .* KB are needed"):
-        run_study(study_of(), tmp_path)
-
-
-def test_a_compiled_backend_that_was_not_built_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setenv("PALLAS_KERNELS_NATIVE", str(tmp_path / "nothing"))
-    native.load.cache_clear()
-    with pytest.raises(ConfigError, match="member 'first': model.moe.backend='cpu_native' .*build_native"):
-        run_study(study_of(model__moe__backend="cpu_native"), tmp_path / "study")
-    with pytest.raises(ConfigError, match="float32 alone, but model.compute_dtype='bfloat16'"):
-        run_study(study_of(model__moe__backend="cpu_native", model__compute_dtype="bfloat16"), tmp_path / "study")
-    assert not (tmp_path / "study" / "first").exists()
-
-
-def test_checkpoints_that_are_there_need_no_space_again(copied, monkeypatch):
-    """Of two members with two checkpoints each, one more is needed while it is being written."""
-    for name in ("first", "second"):
-        (copied / name / "DONE").unlink()
-    usage = shutil.disk_usage(copied)
-    size = preflight.checkpoint_bytes(study_of().members[0])
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=size))
-    assert run_study(study_of(), copied).status == "done"
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
-    assert run_study(study_of(), copied).status == "done", "all are done, nothing is needed"
-    (copied / "first" / "DONE").unlink()
-    with pytest.raises(ConfigError, match="no space left for the checkpoints of 1 members"):
-        run_study(study_of(), copied)
-
-
-def test_a_folder_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="file is a file; give a folder"):
-        run_study(study_of(), tmp_path / "file")
-    with pytest.raises(ConfigError, match="cannot be written to"):
-        run_study(study_of(), tmp_path / "file" / "folder")
 
 
 def test_one_member_alone_is_a_run_of_its_own(copied):

@@ -47,15 +47,10 @@ print(json.dumps({"status": result.status, "step": result.step, "loss": result.l
 
 
 @pytest.fixture(scope="module")
-def start(tiny_run, replace_train, tmp_path_factory):
-    """Starts the run in a directory, in a process of its own that may signal itself; compiled once for all."""
+def start(tiny_run, replace_train):
+    """Starts the run in a directory, in a process of its own that may signal itself."""
     run = replace_train(tiny_run, steps=240, log_every=1, checkpoint_every=20, warmup_steps=4)
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _PROGRAM, json.dumps(to_dict(run))]
 
     def start(directory, at=None, again_in_save=False) -> subprocess.Popen:

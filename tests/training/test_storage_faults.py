@@ -46,11 +46,9 @@ class Run:
     After step `held_after` it waits for `go_on`.
     """
 
-    def __init__(self, run, directory: str, storage, compiled, *, held_after: int = 0):
+    def __init__(self, run, directory: str, storage, *, held_after: int = 0):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu", "STORAGE_EMULATOR_HOST": storage.url, "TENSORSTORE_GCS_HTTP_URL": storage.url,
-            "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, json.dumps(to_dict(run)), directory, str(held_after)],
@@ -91,11 +89,6 @@ class Run:
         return status
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
 def steps_saved(directory) -> list[int]:
     return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
 
@@ -105,13 +98,13 @@ def steps_saved(directory) -> list[int]:
     [pytest.param(3.0, 0.02, id="3s"), pytest.param(30.0, 0.05, id="30s", marks=pytest.mark.slow)],
 )
 def test_an_outage_is_survived_with_every_checkpoint(
-    tiny_run, replace_train, faulty_storage, bucket, compiled, tmp_path, outage, rate
+    tiny_run, replace_train, faulty_storage, bucket, tmp_path, outage, rate
 ):
     """Nothing answers for a while, and then some connections break; the log is that of an undisturbed run."""
     if outage > 3 and not os.environ.get("JAXMOE_LONG_OUTAGE"):
         pytest.skip("set JAXMOE_LONG_OUTAGE=1 for 30 s without storage")
     run = replace_train(tiny_run, steps=60, checkpoint_every=20, keep_checkpoints=9, log_every=1)
-    remote = Run(run, f"{bucket}/outage-{outage}", faulty_storage, compiled, held_after=18)
+    remote = Run(run, f"{bucket}/outage-{outage}", faulty_storage, held_after=18)
     remote.reaches(18)
     faulty_storage.rate = 1.0
     remote.go_on()
@@ -129,14 +122,14 @@ def test_an_outage_is_survived_with_every_checkpoint(
 
 
 def test_storage_that_stays_away_ends_the_run_after_the_missed_saves(
-    tiny_run, replace_train, faulty_storage, bucket, compiled
+    tiny_run, replace_train, faulty_storage, bucket
 ):
     """The last step that is safe is named, and run again it goes on from there to the end."""
     run = replace_train(
         tiny_run, steps=60, checkpoint_every=10, keep_checkpoints=9, max_missed_saves=1, storage_patience_seconds=1.0,
     )  # fmt: skip
     path = f"{bucket}/away"
-    first = Run(run, path, faulty_storage, compiled, held_after=12)
+    first = Run(run, path, faulty_storage, held_after=12)
     while not (as_path(path) / "checkpoints" / "10" / "commit_success.txt").exists():
         assert first.process.poll() is None, first.errors
         time.sleep(0.1)
@@ -146,7 +139,7 @@ def test_storage_that_stays_away_ends_the_run_after_the_missed_saves(
     assert "missed the checkpoint of step" in first.errors
     faulty_storage.rate = 0.0
     assert "the last good one is of step 10. Run again to go on from there." in first.errors
-    again = Run(run, path, faulty_storage, compiled)
+    again = Run(run, path, faulty_storage)
     assert again.ends() == 0, again.errors
     assert steps_saved(as_path(path)) == list(range(10, 61, 10))
 
