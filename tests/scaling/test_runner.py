@@ -24,7 +24,7 @@ from jaxmoe.scaling import (
     runner,
 )
 from jaxmoe.training import NoSpaceLeftError, ProgressReporter
-from jaxmoe.training.checkpoints import _checksum as checksum
+from jaxmoe.training.description import _checksum as checksum
 from pallas_kernels import native
 
 CONFIG = {
