@@ -1,7 +1,10 @@
 """Checkpoints of a model of 200 MB: what a save costs the step that starts it, and the memory of save and restore.
 
-A save copies the state off the devices and is written beside the training. How long a step takes that starts one is
-compared with the median of the steps around it which neither start a save nor have one written beside them.
+A save copies the state off the devices and is written beside the training. Two kinds of steps that start one take
+turns. In the first the write is held back until the step has ended, so that what it takes longer is the copy: all of
+it, where the write has cores of its own, beside an accelerator. In the second the write begins at once; where the
+device is a CPU it has the same cores. Each is compared with the mean of the steps before and after, which neither start
+a save nor have one written beside them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from experiments.benchmarks.timing import machine
 from jaxmoe.config import DataConfig, KnowledgeSource, ModelConfig, MoEConfig, RunConfig, TrainConfig
 
 SAVES = 20
-_STEPS_AROUND = 1
+_QUIET_SAVES = 5
 _WIDTH, _LAYERS, _EXPERTS, _HIDDEN, _VOCABULARY = 512, 4, 16, 480, 2048
 
 RUN = RunConfig(
@@ -55,11 +58,16 @@ def describe(result: dict[str, Any]) -> str:
             f"state {result['state_bytes'] / 1e6:.0f} MB ({result['parameter_bytes'] / 1e6:.0f} MB of parameters), "
             f"{SAVES} saves, {result['machine']['processor']}, {result['machine']['cores']} cores",
             f"step without a save        {result['step_seconds']:.3f} s (median; fastest "
-            f"{result['fastest_step_seconds']:.3f}, slowest {result['slowest_step_seconds']:.3f})",
+            f"{result['fastest_step_seconds']:.3f}, slowest {result['slowest_step_seconds']:.3f}; "
+            f"{result['step_tokens']:,} tokens)",
             f"step that starts a save    {result['saving_step_seconds']:.3f} s (median), "
-            f"{100 * (result['saving_step_ratio'] - 1):+.1f} % (limit +5 %); on CPU the write has the same cores",
+            f"{100 * (result['saving_step_ratio'] - 1):+.1f} % for the copy off the device (limit +5 %)",
             f"  of it in the call `save` {result['save_call_seconds']:.3f} s",
-            f"one save, written          {result['write_seconds']:.2f} s (median), "
+            f"  with the write beside it {result['saving_step_beside_write_seconds']:.3f} s, "
+            f"{100 * (result['saving_step_beside_write_ratio'] - 1):+.1f} %: on CPU they have the same cores",
+            f"all steps beside a write   {result['lost_seconds']:.2f} s longer in all",
+            f"one save, written          {result['write_seconds']:.2f} s with no step beside it, "
+            f"{result['write_cpu_seconds']:.2f} CPU seconds, "
             f"{result['state_bytes'] / 1e6 / result['write_seconds']:.0f} MB/s",
             f"host memory of a save      {result['save_memory_ratio']:.2f} x the state, in a fresh process (limit 1.5)",
             f"host memory of a restore   {result['restore_memory_ratio']:.2f} x the state, itself included (limit 1.2)",
@@ -120,46 +128,73 @@ def _measure_saves(folder: str) -> dict[str, Any]:
     _, state = init_state(RUN)
     step = make_train_step(RUN.model, RUN.train, 1)
     mixture = Mixture.of_run(RUN)
-    number, plain, ratios, saving, calls, writing = 0, [], [], [], [], []
+    number, plain, calls, lost = 0, [], [], []
+    starting: dict[str, list[float]] = {"held": [], "beside": []}
+    ratios: dict[str, list[float]] = {"held": [], "beside": []}
 
-    def one(save: Checkpoints | None = None) -> float:
+    def one(save: Checkpoints | None = None, may_write: threading.Event | None = None) -> float:
         nonlocal state, number
         batch = mixture.batch(number)
         started = time.perf_counter()
         if save is not None:
-            save.save(number, state, {})
+            save.save(number, state, {}, first=may_write.wait if may_write is not None else None)
             calls.append(time.perf_counter() - started)
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
         number += 1
         return time.perf_counter() - started
 
+    def saved(kind: str, checkpoints: Checkpoints) -> list[float]:
+        """The step that starts a save, and those that begin while it is being written, unless that is held back."""
+        at, may_write = number, threading.Event()
+        if kind == "beside":
+            may_write.set()
+        took = [one(checkpoints, may_write)]
+        while kind == "beside" and checkpoints.last_step != at:
+            took.append(one())
+        may_write.set()
+        checkpoints.wait()
+        return took
+
     state_bytes, parameter_bytes = _bytes_of(state.opt_state) + _bytes_of(state.params), _bytes_of(state.params)
     with Checkpoints(folder, Retention(1)) as checkpoints:
-        for _ in range(2):  # compile, and warm the path of a save
+        for kind in starting:  # compile, and warm the path of a save
             one()
-            one(checkpoints)
-            checkpoints.wait()
-        before = [one() for _ in range(_STEPS_AROUND)]
+            saved(kind, checkpoints)
+        calls.clear()
+        before = one()
         for _ in range(SAVES):
-            started = time.perf_counter()
-            saving.append(one(checkpoints))
+            for kind in starting:
+                took, after = saved(kind, checkpoints), one()
+                alone = (before + after) / 2
+                starting[kind].append(took[0])
+                ratios[kind].append(took[0] / alone)
+                if kind == "beside":
+                    lost.append(sum(took) - len(took) * alone)
+                plain.append(after)
+                before = after
+        writes = []
+        for _ in range(_QUIET_SAVES):
+            number += 1
+            began, cpu = time.perf_counter(), time.process_time()
+            checkpoints.save(number, state, {})
             checkpoints.wait()
-            writing.append(time.perf_counter() - started)
-            after = [one() for _ in range(_STEPS_AROUND)]
-            ratios.append(saving[-1] / statistics.median(before + after))
-            plain += after
-            before = after
+            writes.append((time.perf_counter() - began, time.process_time() - cpu))
     return {
         "state_bytes": state_bytes,
         "parameter_bytes": parameter_bytes,
+        "step_tokens": RUN.train.batch_size * RUN.train.sequence_length,
         "step_seconds": statistics.median(plain),
         "fastest_step_seconds": min(plain),
         "slowest_step_seconds": max(plain),
-        "saving_step_seconds": statistics.median(saving),
-        "save_call_seconds": statistics.median(calls[-SAVES:]),
-        "saving_step_ratio": statistics.median(ratios),
-        "write_seconds": statistics.median(writing),
+        "save_call_seconds": statistics.median(calls),
+        "saving_step_seconds": statistics.median(starting["held"]),
+        "saving_step_ratio": statistics.median(ratios["held"]),
+        "saving_step_beside_write_seconds": statistics.median(starting["beside"]),
+        "saving_step_beside_write_ratio": statistics.median(ratios["beside"]),
+        "lost_seconds": statistics.median(lost),
+        "write_seconds": statistics.median(wall for wall, _ in writes),
+        "write_cpu_seconds": statistics.median(cpu for _, cpu in writes),
     }
 
 

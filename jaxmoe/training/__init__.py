@@ -3,8 +3,9 @@
 from jaxmoe.exclusive import check_unused
 from jaxmoe.run_files import CHECKPOINT_DIRECTORY
 from jaxmoe.training.allocator import reuse_freed_memory
-from jaxmoe.training.checkpoints import Checkpoints, Storage, check_format
+from jaxmoe.training.checkpoints import Checkpoints, Storage
 from jaxmoe.training.context import EvaluationContext, Resumed, averaging_window, evaluation_context
+from jaxmoe.training.description import check_format
 from jaxmoe.training.errors import (
     BufferOverflowError,
     CheckpointError,

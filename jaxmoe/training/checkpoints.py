@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,21 +18,21 @@ from etils import epath
 
 from jaxmoe.config import TrainConfig
 from jaxmoe.processes import alone, is_first, of_first, together
-from jaxmoe.storage import is_remote, read_json
+from jaxmoe.storage import is_remote
 from jaxmoe.storage_faults import first_line, is_no_space
 from jaxmoe.training.allocator import give_back_freed_memory
 from jaxmoe.training.damage import DamageError, agreed_steps, finding, in_agreement
+from jaxmoe.training.description import check_description, check_structure, described, description
 from jaxmoe.training.errors import CheckpointError, no_space_left
-from jaxmoe.training.named_arrays import fingerprints, flat, named_arrays, nested, on_host, rebuilt
+from jaxmoe.training.fingerprints import fingerprints, fingerprints_of_save
+from jaxmoe.training.named_arrays import flat, named_arrays, nested, on_host, rebuilt
 from jaxmoe.training.policies import Retention, quality_of
 from jaxmoe.training.resharding import read_sharding, resharded
 from jaxmoe.training.saving import Saver
 from jaxmoe.training.state import TrainState
-from jaxmoe.version import __version__
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
 UNREADABLE_DIRECTORY = "unreadable_checkpoints"
 
 _SMALLEST_LIMIT = 64 * 2**20
@@ -141,12 +139,13 @@ class Checkpoints:
 
         def begin() -> Callable[[], None]:
             arrays = named_arrays(state)
-            marks, copies = fingerprints(arrays), on_host(arrays)
+            copies = on_host(arrays)
+            marks = fingerprints_of_save(arrays, copies)
 
             def write() -> None:
                 if first is not None:
                     first()
-                self._write(step, copies, {**metadata, "arrays": _described(copies, np.asarray(marks))}, quality)
+                self._write(step, copies, {**metadata, "arrays": described(copies, marks())}, quality)
 
             return write
 
@@ -295,7 +294,6 @@ class Checkpoints:
         if step in self._ocp.path.step.checkpoint_steps(self.directory):
             return  # an earlier attempt failed only after that
         chunked = self._ocp.SaveArgs(chunk_byte_size=self._storage.chunk_bytes)
-        about = {"format_version": FORMAT_VERSION, "jaxmoe": __version__, "step": step, **metadata}
         self._manager.save(
             step,
             args=args.Composite(
@@ -304,7 +302,7 @@ class Checkpoints:
                     save_args=nested(dict.fromkeys(arrays, chunked)),
                     ocdbt_target_data_file_size=max(_DATA_FILE_BYTES, self._storage.chunk_bytes),
                 ),
-                metadata=args.JsonSave({**about, "checksum": _checksum(about)}),
+                metadata=args.JsonSave(description(step, metadata)),
             ),
             metrics={"quality": quality},
             force=True,
@@ -315,8 +313,8 @@ class Checkpoints:
         wanted = named_arrays(like)
         with in_agreement(), give_back_freed_memory(), self._reader(_limit(wanted)) as reader:
             about = reader.restore(step, args=args.Composite(metadata=args.JsonRestore()))["metadata"]
-            _check_about(self.directory, step, about)
-            self._check_structure(step, about["arrays"], wanted, partial, cast)
+            check_description(self.directory, step, about)
+            check_structure(self.directory, step, about["arrays"], wanted, partial=partial, cast=cast)
             stored = flat(reader.item_metadata(step)["state"].tree)
             target = {
                 name: jax.ShapeDtypeStruct(
@@ -338,22 +336,6 @@ class Checkpoints:
             found = arrays[name]
             arrays[name] = resharded(found if found.dtype == array.dtype else found.astype(array.dtype), array.sharding)
         return Restored(step=step, state=rebuilt(arrays, like), metadata=about)
-
-    def _check_structure(
-        self, step: int, found: Mapping[str, Any], wanted: Mapping[str, jax.Array], partial: bool, cast: bool
-    ) -> None:
-        """Refuses a checkpoint of another model or optimizer."""
-        old = {name: (tuple(array["shape"]), array["dtype"]) for name, array in found.items()}
-        new = {name: (array.shape, str(array.dtype)) for name, array in wanted.items()}
-        for name in new if partial else [*old, *new]:
-            was, wants = old.get(name), new.get(name)
-            if was == wants or (cast and was and wants and was[0] == wants[0] and _both_float(was[1], wants[1])):
-                continue
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self.directory} is of another model: {name} is "
-                f"{_shape(was)} in it and {_shape(wants)} in this configuration. "
-                "Take another folder for this configuration."
-            )
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -385,55 +367,6 @@ class Checkpoints:
         return aside / name
 
 
-def check_format(directory: epath.PathLike) -> None:
-    """Checks that the newest checkpoint in a folder can be understood, by its description alone.
-
-    A folder without checkpoints passes, and so does a damaged description, with which `Checkpoints.restore` deals.
-
-    Args:
-      directory: of the checkpoints; it need not be there.
-
-    Raises:
-      CheckpointError: it was written by a later jaxmoe.
-    """
-    import orbax.checkpoint as ocp
-
-    directory = epath.Path(directory)
-    step = max(ocp.path.step.checkpoint_steps(directory) if directory.exists() else (), default=None)
-    if step is None:
-        return
-    with contextlib.suppress(OSError, ValueError, DamageError):
-        _check_about(directory, step, read_json(directory / str(step) / "metadata" / "metadata"))
-
-
-def _check_about(directory: epath.Path, step: int, about: Any) -> None:
-    """Checks that a description is whole, and of a format that is known."""
-    if not isinstance(about, dict) or not isinstance(about.get("format_version"), int):
-        raise DamageError("its metadata are not a description of a checkpoint")
-    own = {key: value for key, value in about.items() if key != "checksum"}
-    whole = about.get("checksum") == _checksum(own)
-    version = about["format_version"]
-    if not whole and ("checksum" in about or version >= 2):
-        raise DamageError("its metadata differ from what was written")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint of step {step} in {directory} has format {version}, written by jaxmoe "
-            f"{about.get('jaxmoe', 'of a later version')}; jaxmoe {__version__} reads formats up to "
-            f"{FORMAT_VERSION}. Install the newer jaxmoe, or take another folder."
-        )
-
-
-def _checksum(about: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _described(arrays: Mapping[str, jax.Array], marks: np.ndarray) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"dtype": str(array.dtype), "shape": list(array.shape), "fingerprint": int(mark)}
-        for (name, array), mark in zip(arrays.items(), marks, strict=True)
-    }
-
-
 def _limit(arrays: Mapping[str, Any]) -> int:
     """Bytes that may be under way between storage and devices, or the largest shard.
 
@@ -445,14 +378,3 @@ def _limit(arrays: Mapping[str, Any]) -> int:
         for array in arrays.values()
     ]  # fmt: skip
     return max(sum(sizes) // 24, max(sizes, default=0) + 1, _SMALLEST_LIMIT)
-
-
-def _both_float(*names: str) -> bool:
-    return all(jax.numpy.issubdtype(np.dtype(name), np.floating) for name in names)
-
-
-def _shape(described: tuple[tuple[int, ...], str] | None) -> str:
-    if described is None:
-        return "absent"
-    shape, dtype = described
-    return f"{dtype}[{', '.join(map(str, shape))}]"

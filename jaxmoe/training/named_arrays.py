@@ -1,14 +1,12 @@
-"""A state as named arrays, which is how a checkpoint holds it, and fingerprints of them."""
+"""A state as named arrays, which is how a checkpoint holds it."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt32
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
 
@@ -60,44 +58,6 @@ def on_host(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {
         name: jax.device_put(array, array.sharding.with_memory_kind("pinned_host")) for name, array in arrays.items()
     }
-
-
-def fingerprints(arrays: Mapping[str, jax.Array]) -> UInt32[Array, " arrays"]:
-    """One number for each array, still being computed, wherever the arrays are.
-
-    The sum of an array's elements' bits, each times an odd number made of its place, modulo 2^32: one changed element
-    shows, and so do two exchanged ones. Integers add in any order, so that the sum does not depend on the mesh.
-    """
-    meshes = [array.sharding.mesh for array in arrays.values() if isinstance(array.sharding, jax.NamedSharding)]
-    one, together = _fingerprints_to(jax.NamedSharding(meshes[0], jax.P()) if meshes else None)
-    marks: list[jax.Array] = []
-    for array in arrays.values():
-        marks.append(one(array, *marks[-1:]))
-        if jax.default_backend() == "cpu":  # where collectives that are under way together may starve one another
-            jax.block_until_ready(marks[-1])
-    return together(marks)
-
-
-@functools.lru_cache(maxsize=8)
-def _fingerprints_to(sharding: jax.NamedSharding | None):
-    """Of one array after another, since XLA:CPU has a temporary copy of each; and the stack of them."""
-
-    def one(array: jax.Array, *before: jax.Array) -> jax.Array:
-        return _fingerprint(jax.lax.optimization_barrier((array, *before))[0])
-
-    return jax.jit(one, out_shardings=sharding), jax.jit(jnp.stack, out_shardings=sharding)
-
-
-def _fingerprint(array: jax.Array) -> jax.Array:
-    width = array.dtype.itemsize * 8
-    if array.dtype == jnp.bool_:
-        bits = array.astype(jnp.uint32)
-    else:
-        bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
-    place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _name(path: tuple) -> str:

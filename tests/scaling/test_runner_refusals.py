@@ -8,7 +8,7 @@ import pytest
 from jaxmoe.config import ConfigError
 from jaxmoe.exclusive import exclusive
 from jaxmoe.scaling import preflight, read_records, run_study
-from jaxmoe.training.checkpoints import _checksum as checksum
+from jaxmoe.training.description import _checksum as checksum
 from pallas_kernels import native
 
 from .tiny_study import contents, study_of

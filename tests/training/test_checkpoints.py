@@ -20,7 +20,7 @@ from jaxmoe.training import (
     init_state,
     make_train_step,
 )
-from jaxmoe.training.checkpoints import _checksum
+from jaxmoe.training.description import _checksum
 
 # TensorStore's, on what it cannot read
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

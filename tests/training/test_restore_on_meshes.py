@@ -12,7 +12,8 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np, tensorstore
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxmoe.training import Checkpoints, Retention, Storage
-from jaxmoe.training.named_arrays import fingerprints, named_arrays
+from jaxmoe.training.fingerprints import fingerprints
+from jaxmoe.training.named_arrays import named_arrays
 
 assert jax.device_count() == 8
 devices = np.array(jax.devices())
