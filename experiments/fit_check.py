@@ -10,7 +10,8 @@ Compiles the member's train step (or with `--what=decode` its decode step) with 
 memory against what a device has, operations executed against those of the model, what devices exchange, and a roofline
 estimate of the step's time, which is no measurement (docs/fit_check.md has the formula). `--search` tries meshes,
 micro-batches and remat policies, those first that should need the least, and prints the fastest that fits. A train step
-compiles in one to three minutes on 2 cores. Exit status: 0 it fits, 1 it does not, 2 a mistake.
+compiles in one to three minutes on 2 cores. Of a member with GRPO (paper_grpo.py) the step is that of the updates, and
+`--what=decode` that of its rollouts. Exit status: 0 it fits, 1 it does not, 2 a mistake.
 """
 
 from __future__ import annotations
@@ -38,8 +39,13 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, for example v5p:4x4x
 _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices, connected by the data-centre network.", lower_bound=1)
 _MESH = flags.DEFINE_string("mesh", None, "As for experiments.run, `fsdp=8,expert=8`; default: the configuration's.")
 _WHAT = flags.DEFINE_enum("what", "train", ["train", "decode"], "The step that is compiled.")
-_ROWS = flags.DEFINE_integer("rows", None, "decode: rows at a time. Default: one for each device.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", None, "decode: cached tokens of a row. Default: the longest.", lower_bound=1)
+_ROWS = flags.DEFINE_integer(
+    "rows", None, "decode: rows at a time. Default: one for each device; of GRPO a rollout's batch.", lower_bound=1
+)
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "decode: cached tokens of a row. Default: the longest; of GRPO a prompt's and response's.",
+    lower_bound=1,
+)  # fmt: skip
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, micro-batches and remat policies.")
 _TRIES = flags.DEFINE_integer("tries", 6, "search: how many to compile.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")

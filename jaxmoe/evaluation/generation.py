@@ -5,6 +5,7 @@ B prompts, P longest prompt.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -14,15 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key
 
 from jaxmoe.data import Example, Tokenizer
 from jaxmoe.data.answers import AnswerFormat, extract_answer
 from jaxmoe.evaluation.forward import batches_of
 from jaxmoe.evaluation.scoring import padded_length, ratio_standard_error
 from jaxmoe.liveness import beat
-from jaxmoe.models import Decoder, dropless, generate
+from jaxmoe.models import Decoder, Decoding, continue_decoding, dropless, generate, start_decoding
 from jaxmoe.sharding import Partitioning, partitioning_in_use, placed, use_partitioning
+
+TOKENS_BETWEEN_LOOKS = 32
+"""New tokens after which a batch is looked through for stop texts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,10 +100,17 @@ def true_answer(example: Example, answer_format: AnswerFormat) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """A continuation, and whether the end token or a stop text ended it rather than the limit."""
+    """A continuation.
+
+    Attributes:
+      text: without the end token, or before the first stop text.
+      finished: whether the end token or a stop text ended it rather than the limit.
+      tokens: that it took, the end or the stop text included.
+    """
 
     text: str
     finished: bool
+    tokens: int
 
 
 def greedy_answers(
@@ -141,7 +152,8 @@ def sample_answers(
 
     Sample j of prompt i is drawn with a key of its own, folded from (seed, i, j): it depends on no other row, so not
     on `batch_size`, `samples` or `done` beyond the rounding of differently shaped products. Each prompt is read once
-    for all of its samples in a batch.
+    for all of its samples in a batch. A batch ends when all of its rows have: with stop texts, which are looked for
+    after every `TOKENS_BETWEEN_LOOKS`.
 
     Args:
       model: decodes without capacity limits.
@@ -190,17 +202,18 @@ def sample_answers(
             check_stop()
             beat()
             drawn = np.arange(first, first + copies)
-            written = np.asarray(
-                _compiled(partitioning)(
-                    graphdef, state,
-                    placed(padded, partitioning, "batch", None),
-                    placed(lengths[members].astype(np.int32), partitioning, "batch"),
-                    placed(np.repeat(members, copies).astype(np.int32), partitioning, "batch"),
-                    placed(np.tile(drawn, rows).astype(np.int32), partitioning, "batch"),
-                    jax.random.key(seed),
-                    sampling,
-                )
-            ).reshape(rows, copies, new_tokens)  # fmt: skip
+            arguments = (
+                placed(padded, partitioning, "batch", None),
+                placed(lengths[members].astype(np.int32), partitioning, "batch"),
+                placed(np.repeat(members, copies).astype(np.int32), partitioning, "batch"),
+                placed(np.tile(drawn, rows).astype(np.int32), partitioning, "batch"),
+                jax.random.key(seed),
+            )
+            if stops:
+                written = _written_until_stops(graphdef, state, arguments, sampling, tokenizer, stops)
+            else:
+                written = np.asarray(_compiled(partitioning)(graphdef, state, *arguments, sampling))
+            written = written.reshape(rows, copies, new_tokens)
             for row, member in wanted:
                 texts = [_continuation(ids.tolist(), tokenizer, stops) for ids in written[row, : samples - first]]
                 batch[member].extend(texts)
@@ -210,9 +223,43 @@ def sample_answers(
 def _continuation(ids: list[int], tokenizer: Tokenizer, stops: Sequence[str]) -> Generated:
     """The text of a row of tokens, up to its end."""
     finished = tokenizer.eos_id in ids
-    text = tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if finished else ids)
+    own = ids[: ids.index(tokenizer.eos_id)] if finished else ids
+    text = tokenizer.decode(own)
     ends = [place for place in map(text.find, stops) if place >= 0]
-    return Generated(text[: min(ends)], True) if ends else Generated(text, finished)
+    if not ends:
+        return Generated(text, finished, len(own) + finished)
+    enough = bisect.bisect_left(
+        range(len(own)), True, key=lambda count: _has_stop(tokenizer.decode(own[:count]), stops)
+    )
+    return Generated(text[: min(ends)], True, enough)
+
+
+def _has_stop(text: str, stops: Sequence[str]) -> bool:
+    return any(stop in text for stop in stops)
+
+
+def _written_until_stops(
+    graphdef: Any,
+    state: Any,
+    arguments: Sequence[Array],
+    sampling: _Sampling,
+    tokenizer: Tokenizer,
+    stops: Sequence[str],
+) -> Int[np.ndarray, "B*samples max_new_tokens"]:
+    """What `_generate` writes, but a row has stopped, too, where its text has a stop text."""
+    partitioning = partitioning_in_use()
+    start, go_on = _compiled_pieces(partitioning)
+    decoding = start(graphdef, state, *arguments, sampling)
+    while True:
+        written, done, step = map(np.array, (decoding.tokens, decoding.done, decoding.step))
+        for row in np.flatnonzero(~done):
+            done[row] = _has_stop(tokenizer.decode(written[row, :step].tolist()), stops)
+        if done.all() or step == sampling.max_new_tokens:
+            return written
+        decoding = dataclasses.replace(decoding, done=placed(done, partitioning, None))
+        until = np.int32(min(step + TOKENS_BETWEEN_LOOKS, sampling.max_new_tokens))
+        decoding = go_on(graphdef, state, decoding, until, sampling)
+        beat()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +272,11 @@ class _Sampling:
     temperature: float
     top_p: float
     samples: int
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """What the drawing of a token depends on."""
+        return {name: getattr(self, name) for name in ("stop_token", "pad_token", "temperature", "top_p")}
 
 
 @functools.cache
@@ -250,10 +302,34 @@ def _generate(
     key: Array,
     sampling: _Sampling,
 ) -> Int[Array, "B*samples max_new_tokens"]:
-    def own_key(prompt, sample):
-        return jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
-
     return generate(
-        nnx.merge(graphdef, state), prompts, lengths,
-        key=jax.vmap(own_key)(prompt_numbers, sample_numbers), **dataclasses.asdict(sampling),
+        nnx.merge(graphdef, state), prompts, lengths, key=_own_keys(key, prompt_numbers, sample_numbers),
+        max_new_tokens=sampling.max_new_tokens, samples=sampling.samples, **sampling.step,
     )  # fmt: skip
+
+
+@functools.cache
+def _compiled_pieces(partitioning: Partitioning | None) -> tuple[Callable[..., Decoding], Callable[..., Decoding]]:
+    """`_generate` in pieces: the start, and some tokens more. One process has the results."""
+
+    def start(graphdef, state, prompts, lengths, prompt_numbers, sample_numbers, key, sampling):
+        with use_partitioning(partitioning):
+            return start_decoding(
+                nnx.merge(graphdef, state), prompts, lengths, key=_own_keys(key, prompt_numbers, sample_numbers),
+                max_new_tokens=sampling.max_new_tokens, samples=sampling.samples, **sampling.step,
+            )  # fmt: skip
+
+    def go_on(graphdef, state, decoding, until, sampling):
+        with use_partitioning(partitioning):
+            return continue_decoding(nnx.merge(graphdef, state), decoding, until, **sampling.step)
+
+    return jax.jit(start, static_argnums=(0, 7)), jax.jit(go_on, static_argnums=(0, 4), donate_argnums=2)
+
+
+def _own_keys(
+    key: Array, prompts: Int[Array, " B*samples"], samples: Int[Array, " B*samples"]
+) -> Key[Array, " B*samples"]:
+    """A key for each sample of each prompt."""
+    return jax.vmap(lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(key, prompt), sample))(
+        prompts, samples
+    )

@@ -3,8 +3,8 @@
     MEMBER/samples/SOURCE-SPLIT-STEP-HASH.jsonl
 
 The first line says how the samples are made; each other line is one problem with all of its samples, and its place in
-the file as `step`. The hash is of the
-settings, of the training, and of the problems: other settings make another file, and none is ever replaced.
+the file as `step`. The hash is of the settings, of the training, and of the problems: other settings make another file,
+and none is ever replaced.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from jaxmoe.training.workdir import training_hash
 logger = logging.getLogger(__name__)
 
 SAMPLES_DIRECTORY = "samples"
+
+SAMPLES_FORMAT = 2
+"""Of the files' lines: since 2 they have `tokens`."""
 
 _SECONDS_BETWEEN_UPLOADS = 60.0
 """An object store takes whole files only, so that it gets one now and then."""
@@ -125,6 +128,7 @@ def sampling_hash(run: RunConfig, problems: Problems, settings: TestTimeConfig) 
     """
     drawn = ("samples", "temperature", "top_p", "max_new_tokens", "seed")
     return config_hash({
+        "format": SAMPLES_FORMAT,
         "training": training_hash(run),
         "problems": {field.name: getattr(problems, field.name) for field in dataclasses.fields(problems)},
         "settings": {name: getattr(settings, name) for name in drawn},
@@ -225,6 +229,7 @@ def _line(number: int, generated: Sequence[Generated] | None, problems: Problems
         **line,
         "answers": [extract_answer(one.text, problems.answer_format) for one in generated],
         "finished": [one.finished for one in generated],
+        "tokens": [one.tokens for one in generated],
         "samples": [one.text for one in generated],
     }
 
@@ -232,7 +237,7 @@ def _line(number: int, generated: Sequence[Generated] | None, problems: Problems
 def _votes(line: Mapping[str, Any], problems: Problems) -> Votes | None:
     if line["samples"] is None:
         return None
-    return Votes(tuple(line["answers"]), problems.truths[line["problem"]])
+    return Votes(tuple(line["answers"]), problems.truths[line["problem"]], tuple(line["tokens"]))
 
 
 def _read(path: epath.Path, total: int) -> dict[int, dict[str, Any]]:

@@ -28,10 +28,12 @@ class Votes:
     Attributes:
       answers: extracted from the samples, in their order; None where there is none to read.
       truth: what a right one equals; None where the problem has none, and every answer is wrong.
+      tokens: that each sample took; may be empty.
     """
 
     answers: tuple[str | None, ...]
     truth: str | None
+    tokens: tuple[int, ...] = ()
 
     @property
     def correct(self) -> int:
@@ -138,7 +140,8 @@ def sampling_numbers(problems: Sequence[Votes]) -> dict[str, float | int]:
     For each n of `budgets`: `coverage_n` and `majority_n`, of the first n samples, and `expected_coverage_n` (pass@n)
     and `expected_majority_n`, of all subsets; each with `..._standard_error` over problems: the standard deviation of
     the problems' numbers over the square root of how many there are, which for the first n is the binomial one (with
-    n - 1). Besides `samples`, `problems`, `answered` (share of samples with an answer to read).
+    n - 1). Besides `samples`, `problems`, `answered` (share of samples with an answer to read), and, where they are
+    told, `tokens_per_sample`, mean.
 
     Args:
       problems: at least one, all with equally many answers.
@@ -159,6 +162,8 @@ def sampling_numbers(problems: Sequence[Votes]) -> dict[str, float | int]:
         "problems": len(problems),
         "answered": float(np.mean([answer is not None for votes in problems for answer in votes.answers])),
     }
+    if problems[0].tokens:
+        numbers["tokens_per_sample"] = float(np.mean([votes.tokens for votes in problems]))
     for name, values in columns.items():
         numbers[name] = float(values.mean())
         numbers[f"{name}_standard_error"] = ratio_standard_error(values, np.ones_like(values))

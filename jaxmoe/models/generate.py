@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmoe.models.decoder import Decoder, init_cache
 
@@ -39,6 +41,28 @@ def sample_token(
     return draw(key, logits).astype(jnp.int32)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Continuations on their way; B rows, R new tokens at most.
+
+    Attributes:
+      step: tokens that every row has, or would have if it had not stopped.
+      tokens: the new ones, padding after the end of a row and where none were made yet.
+      done: rows that have stopped.
+      lengths: tokens of each prompt.
+      key: random key, or one for each row.
+      cache: of the decoder.
+    """
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "B R"]
+    done: Bool[Array, " B"]
+    lengths: Int[Array, " B"]
+    key: Key[Array, ...]
+    cache: Any
+
+
 def generate(
     model: Decoder,
     prompts: Int[Array, "B P"],
@@ -62,6 +86,7 @@ def generate(
       temperature: 0 is greedy.
       top_p: mass of the nucleus to sample from; 1 samples from all.
       stop_token: ends a row; it is part of the result, what follows it is pad_token.
+      pad_token: see there.
       key: random key, or one for each row of the result; needed with a temperature.
       samples: rows of the result for each prompt, one after the other. Every prompt is read once.
 
@@ -72,6 +97,27 @@ def generate(
       ValueError: a prompt and its continuation do not fit the model, a sampling argument is out of range, or,
         where the values are known (outside jit), so is a prompt's length.
     """
+    how = {"temperature": temperature, "top_p": top_p, "stop_token": stop_token, "pad_token": pad_token}
+    decoding = start_decoding(
+        model, prompts, prompt_lengths, max_new_tokens=max_new_tokens, key=key, samples=samples, **how
+    )
+    return continue_decoding(model, decoding, max_new_tokens, **how).tokens
+
+
+def start_decoding(
+    model: Decoder,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, " B"] | Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_token: int | None = None,
+    pad_token: int = 0,
+    key: Array | None = None,
+    samples: int = 1,
+) -> Decoding:
+    """Reads the prompts and draws one token of each row; arguments and errors as of `generate`."""
     if temperature < 0.0:
         raise ValueError(f"temperature={temperature}; it must not be negative (0 is greedy).")
     if not 0.0 < top_p <= 1.0:
@@ -90,35 +136,69 @@ def generate(
             f"has max_sequence_length={limit}."
         )
     lengths = _prompt_lengths(prompt_lengths, batch, width)
-    model = dropless(model)
-    definition, state = nnx.split(model)
-    key = jax.random.key(0) if key is None else key
-    fold = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    logits, cache = model.prefill(prompts, lengths, init_cache(model.config, batch, length))
+    logits, cache = dropless(model).prefill(prompts, lengths, init_cache(model.config, batch, length))
     if samples > 1:
         batch *= samples
         lengths, logits = jnp.repeat(lengths, samples), jnp.repeat(logits, samples, axis=0)
         cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=1), cache)
+    nothing = Decoding(
+        step=jnp.int32(0), tokens=jnp.full((batch, max_new_tokens), pad_token, jnp.int32),
+        done=jnp.zeros((batch,), bool), lengths=lengths, key=jax.random.key(0) if key is None else key, cache=cache,
+    )  # fmt: skip
+    return _emit(nothing, logits, temperature, top_p, stop_token, pad_token)
 
-    def emit(step, logits, done, tokens):
-        token = sample_token(logits, fold(key, step), temperature, top_p)
-        token = jnp.where(done, pad_token, token)
-        done = done if stop_token is None else done | (token == stop_token)
-        return token, done, jax.lax.dynamic_update_index_in_dim(tokens, token, step, axis=1)
 
-    def unfinished(carry):
-        step, _, done, _, _ = carry
-        return (step < max_new_tokens) & ~done.all()
+def continue_decoding(
+    model: Decoder,
+    decoding: Decoding,
+    until: int | Int[Array, ""],
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_token: int | None = None,
+    pad_token: int = 0,
+) -> Decoding:
+    """Draws on until all rows have stopped, or have `until` new tokens. In pieces it draws what it draws at once.
 
-    def advance(carry):
-        step, token, done, tokens, cache = carry
-        logits, cache = nnx.merge(definition, state).decode_step(token, lengths + step - 1, cache)
-        return step + 1, *emit(step, logits, done, tokens), cache
+    Args:
+      model: the decoder.
+      decoding: so far; a row may be marked `done` between two calls, and gets no token more.
+      until: at most the `max_new_tokens` of the start.
+      temperature, top_p, stop_token, pad_token: as at the start.
+    """
+    definition, state = nnx.split(dropless(model))
 
-    nothing = jnp.full((batch, max_new_tokens), pad_token, jnp.int32)
-    emitted = emit(jnp.int32(0), logits, jnp.zeros((batch,), bool), nothing)
-    _, _, _, tokens, _ = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), *emitted, cache))
-    return tokens
+    def unfinished(decoding: Decoding) -> Array:
+        return (decoding.step < until) & ~decoding.done.all()
+
+    def advance(decoding: Decoding) -> Decoding:
+        newest = jax.lax.dynamic_index_in_dim(decoding.tokens, decoding.step - 1, axis=1, keepdims=False)
+        place = decoding.lengths + decoding.step - 1
+        logits, cache = nnx.merge(definition, state).decode_step(newest, place, decoding.cache)
+        decoding = dataclasses.replace(decoding, cache=cache)
+        return _emit(decoding, logits, temperature, top_p, stop_token, pad_token)
+
+    return jax.lax.while_loop(unfinished, advance, decoding)
+
+
+def _emit(
+    decoding: Decoding,
+    logits: Float[Array, "B V"],
+    temperature: float,
+    top_p: float,
+    stop_token: int | None,
+    pad_token: int,
+) -> Decoding:
+    """One token more of each row that has not stopped."""
+    fold = jax.random.fold_in if decoding.key.ndim == 0 else jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    token = sample_token(logits, fold(decoding.key, decoding.step), temperature, top_p)
+    token = jnp.where(decoding.done, pad_token, token)
+    return dataclasses.replace(
+        decoding,
+        step=decoding.step + 1,
+        tokens=jax.lax.dynamic_update_index_in_dim(decoding.tokens, token, decoding.step, axis=1),
+        done=decoding.done if stop_token is None else decoding.done | (token == stop_token),
+    )
 
 
 def _prompt_lengths(lengths: Array | Sequence[int], batch: int, width: int) -> Int[Array, " B"]:

@@ -52,8 +52,8 @@ class GRPO:
     The metrics of a step are those of `jaxmoe.post_training.update.make_updates`, and `reward`, the mean, also by
     source; `equal_groups`, the share of prompts whose responses all have the same reward; `response_tokens_mean`,
     `response_tokens_max` and `truncated_fraction`, the share that met the limit; `entropy`, minus the mean
-    log-probability of the sampled tokens, which estimates it without bias for `top_p` = 1; and `tokens`, positions of
-    prompts and responses.
+    log-probability of the sampled tokens, which estimates it without bias for `top_p` = 1; `tokens`, positions of
+    prompts and responses; and `prompts_left_out`, how many of the sources' prompts are too long for any step.
     """
 
     evaluates_start = True
@@ -128,6 +128,7 @@ class GRPO:
             "truncated_fraction": np.mean([not response.finished for response in responses]),
             "entropy": -(old * weights).sum(dtype=np.float64) / weights.sum(dtype=np.float64),
             "tokens": int((arrays["segment_ids"] != 0).sum()),
+            "prompts_left_out": sum(self._prompts.left_out.values()),
         }
 
     def _check_stop(self) -> None:

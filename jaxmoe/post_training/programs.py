@@ -1,6 +1,6 @@
 """Programs that a model wrote: what they compute, found without running them as Python.
 
-A program is read as a syntax tree and evaluated by this module, which knows arithmetic on numbers, lists and strings
+A program is read as a syntax tree and evaluated by this module, which knows what `jaxmoe.post_training.arithmetic` has
 and nothing else: no imports but `math`, no attributes but those of `math`, no names but its own and a few functions,
 and a limit on everything that can grow. So there is nothing to escape from, and the answer depends on the text alone,
 not on a clock. Programs that need more, such as sympy, have no answer.
@@ -10,28 +10,21 @@ from __future__ import annotations
 
 import ast
 import math
-import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from jaxmoe.post_training.arithmetic import BINARY, COMPARE, FUNCTIONS, MATH, UNARY, ProgramError, listed, number
 
 LONGEST_PROGRAM = 4_000
 """Characters; what is nested deeper than a parser can bear does not fit."""
 
 MOST_STEPS = 20_000
-MOST_BITS = 4_096
-LONGEST_LIST = 10_000
 DEEPEST = 150
-MOST_DIGITS = 100
-"""Limits of one program: nodes evaluated and elements of lists looked at, bits of an integer, elements of a list, calls
-and expressions nested, and digits to round to."""
+"""Limits of one program: nodes evaluated and elements of lists looked at, and calls and expressions nested."""
 
 _FUNCTION = re.compile(r"(?:^|\n)(?=def\s)")
 _BLOCK = re.compile(r"<llm-code>(.*?)(?:</llm-code>|$)", re.DOTALL)
-
-
-class ProgramError(Exception):
-    """A program that this module does not evaluate: it is broken, asks for something else, or does not end."""
 
 
 def has_program(text: str) -> bool:
@@ -106,113 +99,6 @@ class _Broken(Exception):
 
 class _Continued(Exception):
     """`continue`."""
-
-
-def _number(value: Any) -> Any:
-    """A value of arithmetic within its limits."""
-    if isinstance(value, int) and value.bit_length() > MOST_BITS:
-        raise ProgramError(f"an integer of {value.bit_length()} bits")
-    if isinstance(value, complex):
-        raise ProgramError("a complex number")
-    return value
-
-
-def _numbers(*values: Any) -> None:
-    for value in values:
-        if not isinstance(value, int | float):
-            raise ProgramError(f"arithmetic on a {type(value).__name__}")
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    _numbers(base, exponent)
-    whole = isinstance(base, int) and isinstance(exponent, int)
-    if whole and abs(base) > 1 and base.bit_length() * exponent > MOST_BITS:
-        raise ProgramError(f"a power with exponent {exponent}")
-    return base**exponent
-
-
-def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    def apply(left: Any, right: Any) -> Any:
-        _numbers(left, right)
-        return function(left, right)
-
-    return apply
-
-
-_BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
-    ast.Add: _arithmetic(operator.add),
-    ast.Sub: _arithmetic(operator.sub),
-    ast.Mult: _arithmetic(operator.mul),
-    ast.Div: _arithmetic(operator.truediv),
-    ast.FloorDiv: _arithmetic(operator.floordiv),
-    ast.Mod: _arithmetic(operator.mod),
-    ast.Pow: _power,
-}
-_UNARY: Mapping[type, Callable[[Any], Any]] = {
-    ast.USub: lambda value: _BINARY[ast.Sub](0, value),
-    ast.UAdd: lambda value: _BINARY[ast.Add](0, value),
-    ast.Not: operator.not_,
-}
-_COMPARE: Mapping[type, Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}  # fmt: skip
-
-
-def _listed(values: Any) -> list[Any]:
-    if not isinstance(values, list | range):
-        raise ProgramError(f"a {type(values).__name__} where a list is needed")
-    if len(values) > LONGEST_LIST:
-        raise ProgramError(f"a list of {len(values)} elements")
-    return list(values)
-
-
-def _range(*bounds: Any) -> list[int]:
-    return _listed(range(*bounds))
-
-
-def _of_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(*values: Any) -> Any:
-        _numbers(*values)
-        return function(*values)
-
-    return apply
-
-
-def _round(value: Any, digits: Any = None) -> Any:
-    _numbers(value, 0 if digits is None else digits)
-    if digits is not None and abs(digits) > MOST_DIGITS:
-        raise ProgramError(f"rounding to {digits} digits")
-    return round(value, digits)
-
-
-def _least_or_most(function: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(*values: Any) -> Any:
-        values = _listed(values[0]) if len(values) == 1 else values
-        _numbers(*values)
-        return function(values)
-
-    return apply
-
-
-def _sum(values: Any) -> Any:
-    total = 0
-    for value in _listed(values):
-        total = _number(_BINARY[ast.Add](total, value))
-    return total
-
-
-_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    "abs": _of_numbers(abs), "round": _round, "int": _of_numbers(int), "float": _of_numbers(float),
-    "min": _least_or_most(min), "max": _least_or_most(max), "sum": _sum, "range": _range,
-    "len": lambda values: len(_listed(values)), "print": lambda *values: None,
-}  # fmt: skip
-_MATH: Mapping[str, Any] = {
-    "pi": math.pi, "e": math.e,
-    **{name: _of_numbers(getattr(math, name)) for name in (
-        "sqrt", "ceil", "floor", "trunc", "fabs", "log", "log2", "log10", "exp", "sin", "cos", "tan", "gcd",
-    )},
-}  # fmt: skip
 
 
 class _Evaluation:
@@ -316,7 +202,7 @@ class _Evaluation:
             case ast.Name(id=name):
                 self._names[name] = value
             case ast.Tuple(elts=targets) | ast.List(elts=targets):
-                values = _listed(value)
+                values = listed(value)
                 if len(values) != len(targets):
                     raise ProgramError("another number of values than names")
                 for each, one in zip(targets, values, strict=True):
@@ -330,9 +216,9 @@ class _Evaluation:
         return self._names[name]
 
     def _binary(self, operation: ast.operator, left: Any, right: Any) -> Any:
-        if type(operation) not in _BINARY:
+        if type(operation) not in BINARY:
             raise ProgramError(f"an operator {type(operation).__name__}")
-        return _number(_BINARY[type(operation)](left, right))
+        return number(BINARY[type(operation)](left, right))
 
     def _evaluate(self, expression: ast.expr) -> Any:
         self._count()
@@ -347,15 +233,15 @@ class _Evaluation:
     def _value(self, expression: ast.expr) -> Any:
         match expression:
             case ast.Constant(value=int() | float() | str() | None as value):
-                return _number(value)
+                return number(value)
             case ast.Name(id=name):
                 return self._named(name)
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
                 return [self._evaluate(element) for element in elements]
             case ast.BinOp(left=left, op=operation, right=right):
                 return self._binary(operation, self._evaluate(left), self._evaluate(right))
-            case ast.UnaryOp(op=operation, operand=operand) if type(operation) in _UNARY:
-                return _UNARY[type(operation)](self._evaluate(operand))
+            case ast.UnaryOp(op=operation, operand=operand) if type(operation) in UNARY:
+                return UNARY[type(operation)](self._evaluate(operand))
             case ast.BoolOp(op=operation, values=values):
                 stops = isinstance(operation, ast.Or)
                 for each in values:
@@ -373,7 +259,7 @@ class _Evaluation:
                     raise ProgramError("an index that is no integer")
                 return self._counted(self._evaluate(values))[place]
             case ast.Attribute(value=ast.Name(id="math"), attr=name) if name in ("pi", "e"):
-                return _MATH[name]
+                return MATH[name]
             case ast.Call(func=function, args=arguments, keywords=[]):
                 return self._called(function, arguments)
             case _:
@@ -383,9 +269,9 @@ class _Evaluation:
         value = self._evaluate(left)
         for operation, other in zip(operations, others, strict=True):
             following = self._evaluate(other)
-            if type(operation) not in _COMPARE or isinstance(value, list) or isinstance(following, list):
+            if type(operation) not in COMPARE or isinstance(value, list) or isinstance(following, list):
                 raise ProgramError(f"a comparison {type(operation).__name__}")  # of nested lists it may never end
-            if not _COMPARE[type(operation)](value, following):
+            if not COMPARE[type(operation)](value, following):
                 return False
             value = following
         return True
@@ -395,17 +281,17 @@ class _Evaluation:
         match function:
             case ast.Name(id=name) if name in self._functions:
                 return self._call(self._functions[name], values)
-            case ast.Name(id=name) if name in _FUNCTIONS:
-                known = _FUNCTIONS[name]
-            case ast.Attribute(value=ast.Name(id="math"), attr=name) if callable(_MATH.get(name)):
-                known = _MATH[name]
+            case ast.Name(id=name) if name in FUNCTIONS:
+                known = FUNCTIONS[name]
+            case ast.Attribute(value=ast.Name(id="math"), attr=name) if callable(MATH.get(name)):
+                known = MATH[name]
             case _:
                 raise ProgramError("a call of something unknown")
         for value in values:
             if isinstance(value, list):
                 self._counted(value)
         value = known(*values)
-        return self._counted(value) if isinstance(value, list) else _number(value)
+        return self._counted(value) if isinstance(value, list) else number(value)
 
     def _counted(self, values: Any) -> list[Any]:
         """A list whose elements are about to be looked at."""

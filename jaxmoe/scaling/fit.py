@@ -10,26 +10,21 @@ import functools
 import logging
 import re
 import time
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxmoe.accounting import flops_per_token
-from jaxmoe.config import ConfigError, MeshConfig, MoEConfig, RunConfig
+from jaxmoe.config import MeshConfig, MoEConfig, RunConfig
 from jaxmoe.config.mesh import check_mesh
 from jaxmoe.layers.expert_parallel import expert_axes
-from jaxmoe.models import init_cache
+from jaxmoe.scaling.fit_programs import What, traced_program
 from jaxmoe.scaling.program import Exchange, Operations, count_operations, exchanges
 from jaxmoe.scaling.topologies import GIB, Topology
-from jaxmoe.sharding import Partitioning, build_mesh, use_partitioning
-from jaxmoe.training.state import abstract_state
-from jaxmoe.training.step import BATCH_AXES, make_train_step
+from jaxmoe.sharding import Partitioning, build_mesh
 
 logger = logging.getLogger(__name__)
-
-What = Literal["train", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Fit:
       fits: whether each device has the memory.
       limit: bytes of a device that programs may have.
       arguments, outputs, temporaries, peak: bytes of a device; None where a TPU program was refused, of which the
-        compiler tells the peak alone.
+        compiler tells the peak alone. `peak` has those of `held`, too.
       operations: executed on all devices in one step, None where refused; with room in the experts' receive buffers
         taken as full.
       room: rows that an expert device has room for, over those of a balanced routing; 1 without an exchange.
@@ -51,6 +46,9 @@ class Fit:
       tokens: of one step.
       compile_seconds: tracing, lowering and compiling.
       estimate: of the step's time, see `StepTime`; None where refused.
+      grpo: whether the step is one of GRPO.
+      held: bytes of a device that lie there while the program runs and are not its own: with GRPO the reference, and
+        while responses are sampled the moments.
     """
 
     member: str
@@ -73,6 +71,8 @@ class Fit:
     tokens: int
     compile_seconds: float
     estimate: StepTime | None
+    grpo: bool = False
+    held: int = 0
 
     @property
     def headroom(self) -> int:
@@ -146,9 +146,8 @@ def check_fit(
     Args:
       run: with the mesh; an axis of -1 is what is left.
       topology: of `describe_topology`.
-      what: `train`, the step as it is trained, or `decode`, one token more of each row.
-      rows, length: decode: rows at a time (None: one for each device) and cached tokens of each (None: the model's
-        longest sequence).
+      what: of `jaxmoe.scaling.fit_programs.traced_program`.
+      rows, length: decode: as there.
 
     Raises:
       ConfigError: a mesh that does not fit the devices or the model.
@@ -156,26 +155,19 @@ def check_fit(
     started = time.perf_counter()
     config = run.mesh.resolved(len(topology.devices))
     if what == "train":
-        if run.grpo is not None:
-            raise ConfigError(
-                f"{run.name}: the step of GRPO is not compiled here; check the run that it starts from, and "
-                "--what=decode for its rollouts."
-            )
-        check_mesh(config, run.model, run.train)
+        check_mesh(config, run.model, run.train, run.grpo)
     partitioning = Partitioning(build_mesh(config, topology.devices))
-    tokens = run.train.batch_size * run.train.sequence_length if what == "train" else rows or len(topology.devices)
     with topology.compiling():
-        if what == "train":
-            traced = _trained(run, partitioning)
-        else:
-            traced = _decoded(run, partitioning, tokens, length or run.model.max_sequence_length)
-        lowered = traced.lower()
+        program = traced_program(run, partitioning, what, rows=rows, length=length)
+        lowered = program.traced.lower()
     cost = flops_per_token(run.model, run.train.sequence_length)
+    limit, held = memory_limit(topology), program.held
     common = {
         "member": run.name, "topology": topology.name, "mesh": config, "what": what, "remat": run.model.remat,
-        "gradient_accumulation": run.train.gradient_accumulation, "devices": len(topology.devices),
-        "model_flops": (cost.training if what == "train" else cost.forward) * tokens, "tokens": tokens,
-        "limit": memory_limit(topology), "room": _room(run, partitioning),
+        "gradient_accumulation": run.train.gradient_accumulation, "grpo": run.grpo is not None,
+        "devices": len(topology.devices), "tokens": program.tokens, "limit": limit, "held": held,
+        "model_flops": (cost.training if what == "train" else cost.forward) * program.tokens,
+        "room": _room(run, partitioning),
     }  # fmt: skip
     try:
         compiled = lowered.compile()
@@ -184,21 +176,21 @@ def check_fit(
         if peak is None:
             raise
         return Fit(
-            **common, fits=False, peak=peak, arguments=None, outputs=None, temporaries=None, operations=None,
+            **common, fits=False, peak=peak + held, arguments=None, outputs=None, temporaries=None, operations=None,
             exchanges=(), compile_seconds=time.perf_counter() - started, estimate=None,
         )  # fmt: skip
     memory = compiled.memory_analysis()
     # Donated arguments become outputs: they are there once.
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = max(peak + memory.temp_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0))
+    peak = max(peak + memory.temp_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0)) + held
     slice_of = [getattr(device, "slice_index", 0) or 0 for device in partitioning.mesh.devices.flat]
     if topology.chip.platform == "cuda":
         slice_of = [device.id // 8 for device in partitioning.mesh.devices.flat]
-    found = tuple(exchanges(compiled.as_text(), slice_of))
     fit = Fit(
-        **common, fits=peak <= common["limit"], peak=peak, arguments=memory.argument_size_in_bytes,
+        **common, fits=peak <= limit, peak=peak, arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes, temporaries=memory.temp_size_in_bytes,
-        operations=count_operations(traced.jaxpr), exchanges=found, compile_seconds=time.perf_counter() - started,
+        operations=count_operations(program.traced.jaxpr),
+        exchanges=tuple(exchanges(compiled.as_text(), slice_of)), compile_seconds=time.perf_counter() - started,
         estimate=None,
     )  # fmt: skip
     return dataclasses.replace(fit, estimate=_step_time(fit, topology))
@@ -231,42 +223,6 @@ def _step_time(fit: Fit, topology: Topology) -> StepTime:
         memory=(fit.arguments + fit.outputs + 2 * fit.temporaries) / chip.bandwidth,
         exchange=(received - between) / chip.interconnect + between / chip.network,
     )
-
-
-def _trained(run: RunConfig, partitioning: Partitioning) -> Any:
-    shape = run.train.batch_size, run.train.sequence_length
-
-    def rows(dtype: Any, dimensions: int = 2) -> jax.ShapeDtypeStruct:
-        sharding = partitioning.sharding(BATCH_AXES[:dimensions], shape[:dimensions])
-        return jax.ShapeDtypeStruct(shape[:dimensions], dtype, sharding=sharding)
-
-    batch = {
-        "inputs": rows(jnp.int32), "targets": rows(jnp.int32), "loss_weights": rows(jnp.float32),
-        "segment_ids": rows(jnp.int32), "source": rows(jnp.int32, 1),
-    }  # fmt: skip
-    step = make_train_step(run.model, run.train, len(run.data.sources), partitioning)
-    return step.trace(abstract_state(run, partitioning)[1], batch)
-
-
-def _decoded(run: RunConfig, partitioning: Partitioning, rows: int, length: int) -> Any:
-    """One token more for each of `rows` rows, with parameters in the compute dtype and a cache of `length` tokens."""
-    graph, state = abstract_state(run, partitioning)
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.model.compute_dtype, sharding=leaf.sharding), state.params
-    )
-
-    def spread(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=partitioning.sharding(axes, leaf.shape))
-
-    cache = jax.eval_shape(functools.partial(init_cache, run.model, rows, length))
-    cache = jax.tree.map(lambda leaf: spread(leaf, ("batch", "heads", None, None)), cache)
-    tokens = spread(jax.ShapeDtypeStruct((rows,), jnp.int32), ("batch",))
-
-    def decode(params: nnx.State, others: nnx.State, tokens: Any, positions: Any, cache: Any) -> Any:
-        with use_partitioning(partitioning):
-            return nnx.merge(graph, params, others).decode_step(tokens, positions, cache)
-
-    return jax.jit(decode, donate_argnums=4).trace(params, state.others, tokens, tokens, cache)
 
 
 # ------------------------------------------------------------------------------------------------ memory of a device

@@ -5,6 +5,13 @@ from __future__ import annotations
 from jaxmoe.scaling.fit import Fit
 from jaxmoe.scaling.topologies import GIB
 
+_STEPS = {
+    ("train", False): "train step",
+    ("train", True): "updates of a GRPO step (without sampling and scoring)",
+    ("decode", False): "decode step",
+    ("decode", True): "decode step of GRPO's rollout",
+}
+
 
 def describe_fit(fit: Fit, *, brief: bool = False) -> str:
     """The result for people; `brief` is one line."""
@@ -16,7 +23,7 @@ def describe_fit(fit: Fit, *, brief: bool = False) -> str:
         seconds = "" if estimate is None else f"; at least {estimate.seconds:.3g} s a step ({estimate.bound})"
         return f"{how}: {verdict}{seconds}"
     lines = [
-        f"{fit.member}, {fit.what} step on {fit.topology} ({fit.devices} devices): {verdict}",
+        f"{fit.member}, {_STEPS[fit.what, fit.grpo]} on {fit.topology} ({fit.devices} devices): {verdict}",
         how,
         f"memory of a device: {_gib(fit.peak)} of {_gib(fit.limit)}" + _parts(fit),
     ]
@@ -45,9 +52,10 @@ def describe_fit(fit: Fit, *, brief: bool = False) -> str:
 
 
 def _parts(fit: Fit) -> str:
+    held = f", held beside the program {_gib(fit.held)}" if fit.held else ""
     if fit.arguments is None or fit.temporaries is None:
-        return " (refused by the compiler)"
-    return f" (arguments {_gib(fit.arguments)}, temporaries {_gib(fit.temporaries)})"
+        return f" (refused by the compiler{held})"
+    return f" (arguments {_gib(fit.arguments)}, temporaries {_gib(fit.temporaries)}{held})"
 
 
 def _gib(count: int) -> str:

@@ -39,7 +39,7 @@ def search(
     left = list(plans_of(run, topology))
     if not left:
         raise ConfigError(
-            f"no mesh of {len(topology.devices)} devices divides train.batch_size={run.train.batch_size} and the model."
+            f"no mesh of {len(topology.devices)} devices divides the {_rows(run)} rows of an update and the model."
         )
     limit = memory_limit(topology)
     fits: list[Fit] = []
@@ -90,12 +90,12 @@ def plans_of(run: RunConfig, topology: Topology) -> Iterator[RunConfig]:
     experts = run.model.moe.num_experts if run.model.num_moe_layers else 1
     for expert in (size for size in _divisors(devices) if experts % size == 0):
         mesh = MeshConfig(data=topology.slices, slices=topology.slices, fsdp=devices // expert, expert=expert)
-        for parts, remat in itertools.product(_divisors(run.train.batch_size), REMAT):
+        for parts, remat in itertools.product(_divisors(_rows(run)), REMAT):
             try:
                 train = dataclasses.replace(run.train, gradient_accumulation=parts)
                 model = dataclasses.replace(run.model, remat=remat)
                 plan = dataclasses.replace(run, model=model, train=train, mesh=mesh)
-                check_mesh(mesh, model, train)
+                check_mesh(mesh, model, train, run.grpo)
             except ConfigError:
                 continue
             yield plan
@@ -106,13 +106,14 @@ def expected_bytes(plan: RunConfig) -> int:
 
     `jaxmoe.accounting` counts the first two. The mesh adds the parameters in the compute dtype, gathered from the other
     `fsdp` devices, and the room of the experts' receive buffers (docs/distributed.md): of all layers where nothing is
-    recomputed, of one layer otherwise.
+    recomputed, of one layer otherwise. GRPO holds its reference besides.
     """
     mesh, model, train = plan.mesh, plan.model, plan.train
     devices = math.prod(mesh.shape.values())
-    rows = max(1, train.batch_size // train.gradient_accumulation // devices)
+    rows = max(1, _rows(plan) // train.gradient_accumulation // devices)
     memory = memory_bytes(model, dataclasses.replace(train, batch_size=rows, gradient_accumulation=1))
-    state = (memory.weights + memory.gradients + memory.optimizer) // (mesh.fsdp * mesh.expert)
+    weights = memory.weights * (1 if plan.grpo is None else 2)
+    state = (weights + memory.gradients + memory.optimizer) // (mesh.fsdp * mesh.expert)
     layers = 1 if model.remat == "none" else 1 / model.num_layers
     added = _gathered(plan) if mesh.fsdp > 1 else 0.0
     if model.num_moe_layers and mesh.expert > 1:
@@ -124,7 +125,7 @@ def expected_bytes(plan: RunConfig) -> int:
 
 
 def expected_seconds(plan: RunConfig, topology: Topology) -> tuple[float, float]:
-    """A step's compute and exchange at the makers' rates without compiling it: to put plans in order.
+    """An update's compute and exchange at the makers' rates without compiling it: to put plans in order.
 
     Computed are the model's products and those that the remat policy repeats. Received are the parameters, from the
     other `fsdp` devices for every micro-batch, twice where they are gathered again to recompute; their gradients, once
@@ -132,7 +133,7 @@ def expected_seconds(plan: RunConfig, topology: Topology) -> tuple[float, float]
     """
     mesh, model, train = plan.mesh, plan.model, plan.train
     flops = flops_per_token(model, train.sequence_length)
-    tokens = train.batch_size * train.sequence_length / len(topology.devices)
+    tokens = _rows(plan) * train.sequence_length / len(topology.devices)
     repeated = {"none": 0, "dots": flops.components["experts"] + flops.components["attention"], "full": flops.forward}
     compute = tokens * (flops.training + repeated[model.remat]) / topology.chip.flops
     passes = 1 if model.remat == "none" else 2
@@ -141,6 +142,11 @@ def expected_seconds(plan: RunConfig, topology: Topology) -> tuple[float, float]
         routed = tokens * model.num_moe_layers * model.moe.experts_per_token * model.width * _size(model)
         received += (3 + passes) * (1 - 1 / mesh.expert) * routed
     return compute, received / topology.chip.interconnect
+
+
+def _rows(run: RunConfig) -> int:
+    """Of an optimizer update."""
+    return run.train.batch_size if run.grpo is None else run.grpo.responses_per_update(run.train)
 
 
 def _gathered(plan: RunConfig) -> float:

@@ -28,7 +28,7 @@ _ORDER = (
     "clip_fraction", "entropy", "load_balance", "router_z", "total_loss", "grad_norm", "param_norm", "learning_rate",
     "dropped_fraction", "overflow_fraction", "load_max_over_mean", "load_cv",
 )  # fmt: skip
-_COUNTS = ("dead_experts", "tokens", "skipped", "spikes")
+_COUNTS = ("dead_experts", "tokens", "prompts_left_out", "skipped", "spikes")
 
 
 def plain_number(value: Any) -> float | int | None:

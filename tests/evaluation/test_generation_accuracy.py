@@ -54,10 +54,10 @@ def test_a_prompt_without_room_for_an_answer_is_left_out(model):
 
 def test_accuracy_compares_final_answers(monkeypatch):
     texts = {
-        "right": Generated("3 apples and 4: #### 1,250", True),
-        "right by last number": Generated("so it is $1250.00", False),
-        "wrong": Generated("#### 7", True),
-        "nothing": Generated("no idea", False),
+        "right": Generated("3 apples and 4: #### 1,250", True, 9),
+        "right by last number": Generated("so it is $1250.00", False, 9),
+        "wrong": Generated("#### 7", True, 9),
+        "nothing": Generated("no idea", False, 9),
         "too long": None,
     }
     monkeypatch.setattr(generation, "greedy_answers", lambda *args, **kwargs: list(texts.values()))
@@ -71,9 +71,8 @@ def test_accuracy_compares_final_answers(monkeypatch):
 
 
 def test_without_a_final_the_answer_is_read_and_exact_means_white_space_apart(monkeypatch):
-    monkeypatch.setattr(
-        generation, "greedy_answers", lambda *args, **kwargs: [Generated("  New\nYork ", True), Generated("York", True)]
-    )
+    answers = [Generated("  New\nYork ", True, 9), Generated("York", True, 9)]
+    monkeypatch.setattr(generation, "greedy_answers", lambda *args, **kwargs: answers)
     examples = [Example("q", " New York"), Example("q", " New York")]
     assert generation_accuracy(None, examples, None, answer_format="exact").accuracy == 0.5
 

@@ -51,7 +51,8 @@ def test_a_run_directory_like_any_other(undisturbed, grpo_run):
     assert list(log[0]) == [
         "step", "loss", "reward", "equal_groups", "response_tokens_mean", "response_tokens_max", "truncated_fraction",
         "kl", "clip_fraction", "entropy", "grad_norm", "param_norm", "learning_rate", "dropped_fraction",
-        "overflow_fraction", "load_max_over_mean", "load_cv", "reward/reasoning", "dead_experts", "tokens", "skipped",
+        "overflow_fraction", "load_max_over_mean", "load_cv", "reward/reasoning", "dead_experts", "tokens",
+        "prompts_left_out", "skipped",
     ]  # fmt: skip
     for line in log:
         assert 0 <= line["reward"] <= 1
