@@ -150,10 +150,12 @@ class Attention(nnx.Module):
             weight = gathered(self.query_key_value[...].astype(self.compute_dtype), "width", "heads", None, None)
             projected = jnp.einsum("bsd,dmrh->bsmrh", x.astype(self.compute_dtype), weight)
             cosine, sine = (angle[:, :, None, None] for angle in rotary)
-            query_key = apply_rope(self._normalized(projected[..., :-1, :]), cosine, sine)
-            query = query_key[..., :-1, :].transpose(0, 2, 3, 1, 4)
-            key = query_key[..., -1, :].transpose(0, 2, 1, 3)
-            value = projected[..., -1, :].transpose(0, 2, 1, 3)
+            # Splits, whose gradient is a concatenation; that of slices is a sum of padded arrays.
+            query_key, value = jnp.split(projected, [self.queries_per_key + 1], axis=3)
+            query_key = apply_rope(self._normalized(query_key), cosine, sine)
+            query, key = jnp.split(query_key, [self.queries_per_key], axis=3)
+            query = query.transpose(0, 2, 3, 1, 4)
+            key, value = (part[:, :, :, 0].transpose(0, 2, 1, 3) for part in (key, value))
             if cache is None:
                 mixed = self_attention(query, key, value, groups, attention=self.attention)
             else:

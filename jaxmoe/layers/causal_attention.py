@@ -51,12 +51,15 @@ def causal_attention(
 
 
 def _forward(query, key, value, groups):
-    output, log_sums = _over_rows(_attend, query, key, value, groups)
+    allowed = _allowed(query, groups)
+    output, log_sums = _over_rows(_attend, query, key, value, allowed)
     return output, (query, key, value, groups, output, log_sums)
 
 
 def _backward(residuals, gradient):
-    return *_over_rows(_gradients, *residuals, gradient), None
+    query, key, value, groups, output, log_sums = residuals
+    allowed = [part.swapaxes(2, 3) for part in _allowed(query, groups)]
+    return *_over_rows(_gradients, query, key, value, allowed, output, log_sums, gradient), None
 
 
 causal_attention.defvjp(_forward, _backward)
@@ -75,16 +78,15 @@ def _over_rows(function, query, *others):
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
-def _attend(query, key, value, groups):
+def _attend(query, key, value, allowed):
     """The output, and for each block the logsumexp of its queries, (B, M, 1, R·Q)."""
     outputs, log_sums = [], []
-    for start, end in query_blocks(query.shape[3]):
+    for (start, end), seen in zip(query_blocks(query.shape[3]), allowed, strict=True):
         part = query[:, :, :, start:end]
         scores = product("bmqh,bmch->bmqc", scaled(heads_in_line(part)), key[:, :, :end])
-        allowed = _allowed(groups, start, end, part.shape[2])
-        scores = jnp.where(allowed, scores, MASKED)
-        highest = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - highest)
+        highest = jnp.where(seen, scores, MASKED).max(axis=-1, keepdims=True)
+        # The choice comes last: one inside an exponential keeps XLA:CPU from computing that in vectors.
+        weights = jnp.where(seen, jnp.exp(scores - highest), 0.0)
         total = weights.sum(axis=-1, keepdims=True)
         mixed = product("bmqc,bmch->bmqh", weights.astype(value.dtype), value[:, :, :end])
         outputs.append((mixed / total).astype(query.dtype).reshape(part.shape))
@@ -92,22 +94,23 @@ def _attend(query, key, value, groups):
     return jnp.concatenate(outputs, axis=3), log_sums
 
 
-def _gradients(query, key, value, groups, output, log_sums, gradient):
+def _gradients(query, key, value, allowed, output, log_sums, gradient):
     """Gradients of query, key and value."""
     length, scale = query.shape[3], query.shape[-1] ** -0.5
     shared = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
     query_parts, key_parts, value_parts = [], [], []
-    for (start, end), log_sum in zip(query_blocks(length), log_sums, strict=True):
+    for (start, end), seen, log_sum in zip(query_blocks(length), allowed, log_sums, strict=True):
         part, inner, common = (heads_in_line(x[:, :, :, start:end]) for x in (query, gradient, shared))
         part, keys, values = scaled(part), key[:, :, :end], value[:, :, :end]
-        allowed = _allowed(groups, start, end, query.shape[2]).swapaxes(2, 3)
         scores = product("bmch,bmqh->bmcq", keys, part)
-        weights = jnp.where(allowed, jnp.exp(scores - log_sum), 0.0)
+        weights = jnp.where(seen, jnp.exp(scores - log_sum), 0.0)
         weight_gradient = product("bmch,bmqh->bmcq", values, inner)
         score_gradient = (weights * (weight_gradient - common.swapaxes(2, 3))).astype(query.dtype)
         later = ((0, 0), (0, 0), (0, length - end), (0, 0))
-        # Of the two forms of this product, the one whose transposed operand and result are narrow.
-        moved = scale * product("bmhc,bmcq->bmhq", keys.swapaxes(2, 3), score_gradient).swapaxes(2, 3)
+        # The transposed operand and result are narrow; XLA:CPU, left alone, makes one slow product of all three.
+        turned = jax.lax.optimization_barrier(keys.swapaxes(2, 3))
+        moved = jax.lax.optimization_barrier(product("bmhc,bmcq->bmhq", turned, score_gradient))
+        moved = scale * moved.swapaxes(2, 3)
         query_parts.append(moved.reshape(query[:, :, :, start:end].shape))
         key_parts.append(jnp.pad(product("bmcq,bmqh->bmch", score_gradient, part), later))
         value_parts.append(jnp.pad(product("bmcq,bmqh->bmch", weights.astype(value.dtype), inner), later))
@@ -131,9 +134,14 @@ def scaled(query: Array) -> Array:
     return (query * query.shape[-1] ** -0.5).astype(query.dtype)
 
 
-def _allowed(groups: Array | None, start: int, end: int, repeats: int) -> Bool[Array, "#B 1 RQ C"]:
-    """Which of keys 0..end-1 each of queries start..end-1 may see, for R heads."""
-    allowed = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
-    if groups is not None:
-        allowed &= groups[:, start:end, None] == groups[:, None, :end]
-    return jnp.tile(allowed, (1, repeats, 1))[:, None]
+def _allowed(query: Array, groups: Array | None) -> list[Bool[Array, "B 1 RQ C"]]:
+    """Of each block, which keys each query of the R heads may see: rows of the batch may be taken apart."""
+    batch, _, repeats, length, _ = query.shape
+    masks = []
+    for start, end in query_blocks(length):
+        allowed = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
+        if groups is not None:
+            allowed &= groups[:, start:end, None] == groups[:, None, :end]
+        allowed = jnp.tile(allowed, (1, repeats, 1))[:, None]
+        masks.append(jnp.broadcast_to(allowed, (batch, *allowed.shape[1:])))
+    return masks
