@@ -27,7 +27,7 @@ import ml_collections
 import numpy as np
 from absl import app, flags
 
-from experiments.flags import fail, parse_flags, run_with_config
+from experiments.flags import HELP, fail, parse_flags, run_with_config, show_help
 from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError, RunConfig, nearest
 
@@ -229,8 +229,8 @@ def main() -> None:
     """Dispatches to the command that is the first argument."""
     commands = {"count": count, "inspect": inspect, "tokenize": tokenize, "train_tokenizer": train_tokenizer}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("--help", "-h", "-help", "--helpshort", "--helpfull"):
-        app.run(lambda _: None)
+    if name in HELP:
+        show_help(sys.argv)
     if name not in commands:
         fail(ConfigError(f"{name or 'nothing'!r} is no command.{nearest(name, commands)}"))
     del sys.argv[1]

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ml_collections
 from absl import app, flags
@@ -24,6 +26,7 @@ from ml_collections import config_flags
 
 from jaxmoe.config import SOURCE_KINDS, ConfigError, DataConfig, GRPOConfig, RunConfig, nearest
 
+HELP = {"--help", "-h", "--helpfull", "--helpshort", "-help"}
 _PACKAGED = pathlib.Path(__file__).parent / "configs"
 
 
@@ -60,7 +63,15 @@ def load_config(specification: str) -> ml_collections.ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{file} has no function get_config; an experiment file must define one.")
-    config = module.get_config(argument) if argument else module.get_config()
+    arguments = (argument,) if argument else ()
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"--config={specification}: get_config of {file} is given what follows the colon, and does not take it "
+            f"({error})."
+        ) from error
+    config = module.get_config(*arguments)
     return with_defaults(ml_collections.ConfigDict(config))
 
 
@@ -80,8 +91,13 @@ def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
     return completed
 
 
-def _fill(section: ml_collections.ConfigDict, kind: type) -> None:
-    """Adds the defaults of dataclass `kind` that `section` lacks; None becomes a typed placeholder."""
+def _fill(section: Any, kind: type) -> None:
+    """Adds the defaults of dataclass `kind` that `section` lacks; None becomes a typed placeholder.
+
+    What is no section is left as it is: the mistake is told when the configuration is resolved.
+    """
+    if not isinstance(section, ml_collections.ConfigDict):
+        return
     hints = typing.get_type_hints(kind)
     with section.unlocked():
         for field in dataclasses.fields(kind):
@@ -91,10 +107,10 @@ def _fill(section: ml_collections.ConfigDict, kind: type) -> None:
             if field.name in section:
                 value = section[field.name]
                 if kind is DataConfig and field.name == "sources":
-                    for source in value.values():
-                        if source.get("kind") in SOURCE_KINDS:
+                    for source in value.values() if isinstance(value, ml_collections.ConfigDict) else ():
+                        if isinstance(source, ml_collections.ConfigDict) and source.get("kind") in SOURCE_KINDS:
                             _fill(source, SOURCE_KINDS[source.kind])
-                elif isinstance(value, ml_collections.ConfigDict) and dataclasses.is_dataclass(section_kind):
+                elif dataclasses.is_dataclass(section_kind):
                     _fill(value, section_kind)
                 elif value is None and optional and inner[0] in (int, float, str):
                     section[field.name] = ml_collections.config_dict.placeholder(inner[0])
@@ -124,8 +140,8 @@ def run_with_config(
     specification = _take_flag(argv, "config")
     try:
         if specification is None:
-            if {"--help", "-h", "--helpfull", "--helpshort", "-help"} & set(argv):
-                app.run(lambda _: None, argv=argv)
+            if HELP & set(argv):
+                show_help(argv)
             packaged = ", ".join(sorted(f"experiments/configs/{p.name}" for p in _PACKAGED.glob("[!_]*.py")))
             raise ConfigError(f"--config is missing; give an experiment file, for example one of {packaged}.")
         config = load_config(specification)
@@ -146,6 +162,16 @@ def run_with_config(
             return 0
 
     app.run(run, argv=argv, flags_parser=parse_flags)
+
+
+def show_help(argv: Sequence[str]) -> typing.NoReturn:
+    """Prints what a command that takes `--config` says of itself, and ends."""
+    flags.DEFINE_string(
+        "config", None, "Experiment file, FILE.py or FILE.py:ARGUMENT; --config.SECTION.KEY=VALUE overrides a value.",
+        module_name=sys.argv[0],
+    )  # fmt: skip
+    app.run(lambda _: None, argv=["--help" if part == "-h" else part for part in argv], flags_parser=parse_flags)
+    sys.exit(0)
 
 
 def config_arguments() -> list[str]:
@@ -169,11 +195,13 @@ def _action(given: Sequence[str], actions: Sequence[str]) -> Sequence[str]:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser for `app.run`, with a mistake in the flags as one line and exit status 2."""
+    """absl's parser for `app.run`: a mistake in the flags is one line and exit status 2, and help is no failure."""
     try:
         return flags.FLAGS(list(argv))
     except flags.Error as error:
         fail(error)
+    except SystemExit:  # absl has shown help, and would end with 1
+        sys.exit(0)
 
 
 def fail(error: Exception) -> typing.NoReturn:

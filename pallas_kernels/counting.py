@@ -30,7 +30,7 @@ def group(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, ja
     inverse, offsets = _rows_of(expert, num_experts)
     assignment = jnp.arange(rows, dtype=jnp.int32)
     if (num_experts + 1) * rows <= _INT32_MAX:
-        order = jnp.sort(expert * rows + assignment) % max(rows, 1)
+        order = jax.lax.sort(expert * rows + assignment, is_stable=False) % max(rows, 1)  # no two keys are equal
     else:
         order = jax.lax.sort((expert, assignment), num_keys=1, is_stable=True)[1]
     return order, inverse, offsets

@@ -1,10 +1,12 @@
 """Fixtures that every test folder shares."""
 
+import contextlib
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -53,22 +55,30 @@ def run_on_devices() -> Callable[..., None]:
                 probe.bind(("127.0.0.1", 0))
                 environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{probe.getsockname()[1]}"
             environment["JAX_NUM_PROCESSES"] = str(processes)
-        started = [
-            subprocess.Popen(
-                command, env={**environment, "JAX_PROCESS_ID": str(process)},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for process in range(processes)
-        ]  # fmt: skip
-        told = []
-        try:
-            for process in started:
-                told.append(process.communicate(timeout=400)[0][-8000:])
-        finally:
-            for process in started:
-                process.kill()
-        if any(process.returncode for process in started):
-            pytest.fail(f"{path.name} on {devices} devices:\n" + "\n".join(told), pytrace=False)
+        # What they say goes into files: a process whose pipe nobody reads stops when the pipe is full.
+        with contextlib.ExitStack() as stack:
+            said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+            started = [
+                subprocess.Popen(
+                    command, env={**environment, "JAX_PROCESS_ID": str(process)}, stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+                for process, output in enumerate(said)
+            ]  # fmt: skip
+            try:
+                for process in started:
+                    process.wait(timeout=500)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                for process in started:
+                    process.kill()
+                    process.wait()
+            if any(process.returncode for process in started):
+                for output in said:
+                    output.seek(0)
+                told = "\n".join(f"{p.returncode}: {o.read()[-8000:]}" for p, o in zip(started, said))
+                pytest.fail(f"{path.name} on {devices} devices:\n{told}", pytrace=False)
 
     return run
 

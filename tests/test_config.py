@@ -1,5 +1,6 @@
 """Configurations refuse what cannot run, in the user's terms, and survive a round trip through JSON."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from jaxmoe.config import (
     MoEConfig,
     ReasoningSource,
     RunConfig,
+    TextSource,
     TrainConfig,
     check_mesh,
     config_hash,
@@ -23,6 +25,8 @@ from jaxmoe.config import (
     parse_mesh,
     to_dict,
 )
+
+MODEL = ModelConfig(vocab_size=8, width=8, num_layers=2, num_heads=2, dense_hidden=16)
 
 
 def run_dict(**changes):
@@ -93,6 +97,21 @@ def test_json_round_trip_is_equal_and_hashes_equal():
 def test_a_mistake_is_named(changes, message):
     with pytest.raises(ConfigError) as caught:
         from_dict(RunConfig, run_dict(**changes))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MoEConfig(score_order="topk"), "score_order='topk'; choose one of 'topk_then_softmax', 'softmax_then"),
+        (lambda: MoEConfig(load_balance_definition="swich"), "load_balance_definition='swich'; choose one of 'switch'"),
+        (lambda: dataclasses.replace(MODEL, remat="all"), "remat='all'; choose one of 'none', 'full', 'dots'"),
+        (lambda: TextSource(paths="corpus/*.txt"), "paths='corpus/*.txt'; a list of strings is needed"),
+    ],
+)
+def test_a_configuration_that_is_built_in_python_is_checked_as_well(build, message):
+    with pytest.raises(ConfigError) as caught:
+        build()
     assert message in str(caught.value)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from jaxmoe.config.errors import require, require_non_negative, require_positive
+from jaxmoe.config.errors import require, require_declared, require_non_negative, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class KnowledgeSource:
     seed: int | None = None
 
     def __post_init__(self):
+        require_declared(self)
         require_non_negative(self, "weight")
         require_positive(self, "entities", "attributes", "name_length", "test_entities")
         require(2 <= self.symbols <= 256, f"symbols={self.symbols}; choose 2..256.")
@@ -77,6 +78,7 @@ class ReasoningSource:
     seed: int | None = None
 
     def __post_init__(self):
+        require_declared(self)
         require_non_negative(self, "weight", "prompt_weight")
         require_positive(self, "problems", "operations", "test_problems")
         require(2 <= self.modulus <= 100, f"modulus={self.modulus}; choose 2..100.")
@@ -117,6 +119,7 @@ class TextSource:
     on_error: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self):
+        require_declared(self)
         require_non_negative(self, "weight")
         require(bool(self.paths), "paths is empty; name at least one file of the text source.")
         require(0 <= self.test_fraction < 1, f"test_fraction={self.test_fraction}; choose 0 <= test_fraction < 1.")
@@ -142,6 +145,7 @@ class TokensSource:
     allow_repeat: bool = False
 
     def __post_init__(self):
+        require_declared(self)
         require_non_negative(self, "weight")
         require(bool(self.paths), "paths is empty; name at least one shard of the tokens source.")
         require(0 <= self.test_fraction < 1, f"test_fraction={self.test_fraction}; choose 0 <= test_fraction < 1.")
@@ -179,6 +183,7 @@ class QuestionAnswerSource:
     on_error: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self):
+        require_declared(self)
         require_non_negative(self, "weight", "prompt_weight")
         require(
             bool(self.train_paths) or self.weight == 0,

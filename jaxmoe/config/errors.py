@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import typing
 from collections.abc import Iterable
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -28,6 +31,29 @@ def require_non_negative(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(value >= 0, f"{name}={value}; it must not be negative.")
+
+
+def require_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises ConfigError unless the value of `name` is one of the choices."""
+    require(value in choices, f"{name}={value!r}; choose one of {', '.join(map(repr, choices))}.")
+
+
+def require_declared(owner: object) -> None:
+    """Raises ConfigError for the first field whose value is none of its `Literal`'s, or one string for several.
+
+    So that a configuration that is built in Python is checked as one that `from_dict` builds.
+    """
+    for name, hint in _hints(type(owner)).items():
+        if typing.get_origin(hint) is Literal:
+            require_choice(name, getattr(owner, name), typing.get_args(hint))
+        elif typing.get_origin(hint) is tuple:
+            value = getattr(owner, name)
+            require(not isinstance(value, str), f"{name}={value!r}; a list of strings is needed.")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

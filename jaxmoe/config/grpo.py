@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal
 
 from jaxmoe.config.data import QuestionAnswerSource, ReasoningSource
-from jaxmoe.config.errors import require, require_non_negative, require_positive
+from jaxmoe.config.errors import require, require_declared, require_non_negative, require_positive
 
 if TYPE_CHECKING:
     from jaxmoe.config.run import RunConfig, TrainConfig
@@ -53,6 +53,7 @@ class GRPOConfig:
     rollout_batch_size: int = 256
 
     def __post_init__(self):
+        require_declared(self)
         require_positive(
             self, "group_size", "updates_per_step", "max_prompt_tokens", "max_response_tokens", "rollout_batch_size"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jaxmoe.config.errors import require, require_non_negative, require_positive
+from jaxmoe.config.errors import require, require_declared, require_non_negative, require_positive
 
 DType = Literal["float32", "bfloat16"]
 
@@ -66,6 +66,7 @@ class MoEConfig:
     backend: Literal["auto", "reference", "cpu", "cpu_native", "tpu", "gpu", "ragged_dot"] = "auto"
 
     def __post_init__(self):
+        require_declared(self)
         require_non_negative(self, "num_experts", "load_balance_coefficient", "router_z_coefficient")
         if self.num_experts == 0:
             return
@@ -144,6 +145,7 @@ class ModelConfig:
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
+        require_declared(self)
         require_positive(
             self, "vocab_size", "width", "num_layers", "num_heads", "moe_every", "max_sequence_length",
             "rope_theta", "norm_eps", "init_std",

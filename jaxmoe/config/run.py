@@ -10,7 +10,7 @@ import math
 from typing import ClassVar, Literal
 
 from jaxmoe.config.data import DataConfig
-from jaxmoe.config.errors import nearest, require, require_non_negative, require_positive
+from jaxmoe.config.errors import nearest, require, require_declared, require_non_negative, require_positive
 from jaxmoe.config.grpo import GRPOConfig, check_grpo
 from jaxmoe.config.mesh import MeshConfig
 from jaxmoe.config.model import ModelConfig
@@ -98,6 +98,7 @@ class TrainConfig:
     watchdog_minutes: float | None = 20.0
 
     def __post_init__(self):
+        require_declared(self)
         require_positive(
             self, "steps", "batch_size", "sequence_length", "gradient_accumulation", "learning_rate", "log_every",
             "keep_checkpoints", "max_nonfinite_steps", "epsilon", "spike_factor", "storage_patience_seconds",
@@ -130,7 +131,6 @@ class TrainConfig:
             self.checkpoint_chunk_bytes >= 1024,
             f"checkpoint_chunk_bytes={self.checkpoint_chunk_bytes}; choose 1024 or more (2**24 is the default).",
         )
-        require(self.best_mode in ("min", "max"), f"best_mode={self.best_mode!r}; choose 'min' or 'max'.")
         require(
             self.best_metric == "training_loss" or self.best_metric.count("/") == 3,
             f"best_metric={self.best_metric!r}; choose 'training_loss' or EVALUATION/SOURCE/SPLIT/FIELD, such as "
@@ -205,6 +205,7 @@ class TestTimeConfig:
     SPLITS: ClassVar[tuple[str, ...]] = ("train", "train_clean", "test")
 
     def __post_init__(self):
+        require_declared(self)
         require_positive(self, "max_new_tokens", "batch_size")
         require_non_negative(self, "temperature", "shots", "seed")
         require(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from jaxmoe.config.data import SOURCE_KINDS, SourceConfig
-from jaxmoe.config.errors import ConfigError, nearest
+from jaxmoe.config.errors import ConfigError, nearest, require_choice
 
 T = TypeVar("T")
 
@@ -108,9 +108,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         (inner,) = [option for option in typing.get_args(hint) if option is not type(None)]
         return _convert(inner, value, path)
     if origin is Literal:
-        options = typing.get_args(hint)
-        if value not in options:
-            raise ConfigError(f"{path}={value!r}; choose one of {', '.join(map(repr, options))}.")
+        require_choice(path, value, typing.get_args(hint))
         return value
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):

@@ -17,9 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import RouterStatistics
+from jaxmoe.layers.self_attention import row_multiple
 from jaxmoe.liveness import beat
 from jaxmoe.models import Decoder, dropless
 from jaxmoe.sharding import RULES, Partitioning, constrain, partitioning_in_use, placed, use_partitioning
+
+SHORTEST_ROW = 16
 
 ELEMENTS = 1 << 25
 """Rows are taken together only as far as attention scores and logits stay under this many numbers (128 MiB)."""
@@ -42,6 +45,12 @@ class Evaluator:
         self.graphdef, self.state = nnx.split(dropless(model))
         self.statistics: RouterStatistics | None = None
         self._partitioning = partitioning_in_use()
+
+    @property
+    def shortest_row(self) -> int:
+        """The length that shorter rows are padded to: `SHORTEST_ROW`, or what the model's attention can do."""
+        context = 1 if self._partitioning is None else self._partitioning.size("context")
+        return max(SHORTEST_ROW, row_multiple(self.config.attention, context))
 
     def rows_together(self, rows: int, sequence_length: int) -> int:
         """How many rows of that length to evaluate at once: `rows`, or the power of two that memory allows."""

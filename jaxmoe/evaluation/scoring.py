@@ -16,10 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxmoe.data import Example, Tokenizer, encode_examples
-from jaxmoe.evaluation.forward import Evaluator, batches_of
+from jaxmoe.evaluation.forward import SHORTEST_ROW, Evaluator, batches_of
 from jaxmoe.models import Decoder
-
-SHORTEST_ROW = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +146,8 @@ def score_each(
     scorable = (starts >= 1) & (lengths >= starts) & (lengths <= model.config.max_sequence_length)
     nll, correct, recalled = np.zeros(len(examples)), *np.zeros((2, len(examples)), np.int64)
     owner, value_starts, value_ends = value_tokens(tokenizer, examples, lengths + 1)
-    for length, members in length_buckets(lengths, scorable, model.config.max_sequence_length).items():
+    buckets = length_buckets(lengths, scorable, model.config.max_sequence_length, evaluator.shortest_row)
+    for length, members in buckets.items():
         rows = evaluator.rows_together(min(batch_size, 1 << (len(members) - 1).bit_length()), length)
         for chosen, present in batches_of(len(members), rows):
             batch = _padded([tokens[member] for member in members[chosen]], length, tokenizer.pad_id)
@@ -222,20 +221,20 @@ def all_right(
     return mistakes[rows, ends] == mistakes[rows, starts]
 
 
-def padded_length(length: int | np.ndarray, longest: int) -> np.ndarray:
-    """The row length that an item is padded to: `SHORTEST_ROW` times a power of two, or `longest`.
+def padded_length(length: int | np.ndarray, longest: int, shortest: int = SHORTEST_ROW) -> np.ndarray:
+    """The row length that an item is padded to: `shortest` times a power of two, or `longest`.
 
     So the number of shapes to compile grows with the logarithm of the longest item only.
     """
-    exponent = np.ceil(np.log2(np.maximum(length, SHORTEST_ROW) / SHORTEST_ROW)).astype(np.int64)
-    return np.minimum(SHORTEST_ROW * 2**exponent, longest)
+    exponent = np.ceil(np.log2(np.maximum(length, shortest) / shortest)).astype(np.int64)
+    return np.minimum(shortest * 2**exponent, longest)
 
 
 def length_buckets(
-    lengths: Int[np.ndarray, " n"], keep: Bool[np.ndarray, " n"], longest: int
+    lengths: Int[np.ndarray, " n"], keep: Bool[np.ndarray, " n"], longest: int, shortest: int = SHORTEST_ROW
 ) -> Mapping[int, Int[np.ndarray, " m"]]:
     """Indices of the kept items by `padded_length`."""
-    padded = padded_length(lengths, longest)
+    padded = padded_length(lengths, longest, shortest)
     return {int(length): np.flatnonzero(keep & (padded == length)) for length in np.unique(padded[keep])}
 
 

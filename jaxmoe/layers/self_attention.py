@@ -99,13 +99,25 @@ def _wrong_platform(attention: str) -> str | None:
     return None
 
 
+def row_multiple(attention: str, context: int = 1) -> int:
+    """What the length of every row is a multiple of under an implementation that is asked for by name.
+
+    Args:
+      attention: as in `jaxmoe.config.ModelConfig`; `auto` takes another implementation for other rows.
+      context: C, over which the sequence is spread.
+    """
+    if attention not in ("splash", "triton"):
+        return 1
+    return 128 * (1 if context == 1 else 2 * context)
+
+
 def limit(attention: str, case: AttentionCase) -> str | None:
     """Why an implementation cannot compute a case; None if it can. `xla` computes all."""
     if attention == "splash":
-        chunks = 1 if case.context == 1 else 2 * case.context
-        if case.length % (128 * chunks):
-            among = "" if chunks == 1 else f", 128 for each of 2 chunks on {case.context} context devices"
-            return f"sequence length {case.length} is not a multiple of {128 * chunks}{among}"
+        multiple = row_multiple(attention, case.context)
+        if case.length % multiple:
+            among = "" if case.context == 1 else f", 128 for each of 2 chunks on {case.context} context devices"
+            return f"sequence length {case.length} is not a multiple of {multiple}{among}"
         if case.head_dim % 8 or case.head_dim > 256:
             return f"head_dim {case.head_dim} is not a multiple of 8 up to 256"
     if attention in ("cudnn", "triton") and case.context > 1:

@@ -16,11 +16,16 @@ from jaxmoe.scaling.status import HEARTBEAT_SECONDS, State, in_use, read_status
 from jaxmoe.storage import write_json
 
 if TYPE_CHECKING:
-    from jaxmoe.training import ProgressReporter
+    from jaxmoe.training import ProgressReporter, StopRequest
+
+_LOOK_SECONDS = 0.5
 
 
 class Heartbeat:
     """Within the `with` block `status.json` says `running`, with a new heartbeat every `HEARTBEAT_SECONDS`.
+
+    A request to stop is written down as soon as it is heard, since the process may be killed before it has saved:
+    then whoever asked does not wait for longer, and nothing failed.
 
     Leaving the block without `ended` is a failure if by an error, and else, as after a second Ctrl-C or when another
     process of the run is lost, a stop. Nothing
@@ -30,12 +35,15 @@ class Heartbeat:
     Args:
       directory: of the run, local or gs://.
       progress: asked for how far the member is.
+      stop: by which the process learns that it is to stop.
       write: whether this process is the one that writes for its member.
     """
 
-    def __init__(self, directory: epath.PathLike, progress: ProgressReporter, *, write: bool = True):
+    def __init__(
+        self, directory: epath.PathLike, progress: ProgressReporter, stop: StopRequest, *, write: bool = True
+    ):
         self._directory, self._progress, self._before = epath.Path(directory), progress, progress.latest
-        self._write_at_all = write
+        self._stop, self._write_at_all = stop, write
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._contents: dict[str, Any] = {}
@@ -51,6 +59,7 @@ class Heartbeat:
                 "tokens_per_second": None,
                 "starts": before.get("starts", 0) + 1,
                 "error": before.get("error"),
+                "stopping": None,
                 **_here(),
             }
             self._write()
@@ -82,8 +91,13 @@ class Heartbeat:
             self.ended("preempted")
 
     def _beat(self) -> None:
-        while not self._over.wait(HEARTBEAT_SECONDS):
-            self._write()
+        due = time.monotonic() + HEARTBEAT_SECONDS
+        while not self._over.wait(_LOOK_SECONDS):
+            heard = self._stop.heard
+            if heard != self._contents["stopping"] or time.monotonic() >= due:
+                self._contents["stopping"] = heard
+                self._write()
+                due = time.monotonic() + HEARTBEAT_SECONDS
 
     def _write(self) -> None:
         latest = self._progress.latest

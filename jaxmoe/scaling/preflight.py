@@ -12,13 +12,14 @@ from etils import epath
 
 from jaxmoe import accounting
 from jaxmoe.accounting import readable_bytes
-from jaxmoe.config import ConfigError, ModelConfig, config_hash, to_dict
+from jaxmoe.config import ConfigError, RunConfig, config_hash, to_dict
 from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
+from jaxmoe.layers import AttentionCase, resolved_attention
 from jaxmoe.post_training import check_grpo_data
 from jaxmoe.scaling.status import is_done
 from jaxmoe.scaling.study import Member, Study
 from jaxmoe.scaling.study_file import check_same_study, check_writable
-from jaxmoe.sharding import partitioning_of_run
+from jaxmoe.sharding import Partitioning, partitioning_of_run
 from jaxmoe.storage import is_remote
 from jaxmoe.training import (
     CHECKPOINT_DIRECTORY,
@@ -64,8 +65,7 @@ def preflight(
     waiting = [member for member in members if not is_done(workdir / member.name, member)]
     for member in waiting:
         with _naming(member):
-            partitioning_of_run(member.config)
-            _check_backend(member.config.model)
+            _check_implementations(member.config, partitioning_of_run(member.config))
             if member.config.start_from is not None:
                 _check_start(member, workdir / member.name)
         check_unused(workdir / member.name, wait=True)
@@ -103,18 +103,26 @@ def check_data(members: Sequence[Member], cache_dir: str | os.PathLike | None = 
                     check_grpo_data(config, mixture)
 
 
-def _check_backend(model: ModelConfig) -> None:
-    """A backend that was named must be able to run here, in the dtype of the model."""
-    if model.num_moe_layers and model.moe.backend == "cpu_native":
-        if model.compute_dtype != "float32":
+def _check_implementations(run: RunConfig, partitioning: Partitioning | None) -> None:
+    """What was asked for by name must be able to run here, in the shapes and the dtype of the run."""
+    model = run.model
+    if model.num_moe_layers and model.moe.backend != "auto":
+        if model.moe.backend == "cpu_native" and model.compute_dtype != "float32":
             raise ConfigError(
                 f"model.moe.backend='cpu_native' is float32 alone, but model.compute_dtype={model.compute_dtype!r}; "
                 "choose 'cpu' or 'auto'."
             )
         try:
-            target_of("cpu_native")
+            target_of(model.moe.backend)
         except ValueError as error:
             raise ConfigError(f"model.moe.{error}") from error
+    if model.attention != "auto":
+        context = 1 if partitioning is None else partitioning.size("context")
+        case = AttentionCase(run.train.sequence_length, model.head_size, model.compute_dtype, context=context)
+        try:
+            resolved_attention(model.attention, case)
+        except ConfigError as error:
+            raise ConfigError(f"model.{error}") from error
 
 
 def _check_start(member: Member, directory: epath.Path) -> None:

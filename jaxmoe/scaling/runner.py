@@ -295,7 +295,7 @@ def _attempt(
 ) -> MemberResult:
     """`run_member`, with what goes wrong as a result, and with signs of life in the member's folder."""
     writes = is_first() and not is_done(workdir / member.name, member)
-    with Heartbeat(workdir / member.name, progress, write=writes) as heartbeat:
+    with Heartbeat(workdir / member.name, progress, stop, write=writes) as heartbeat:
         result = _outcome(member, workdir, study_name, resume, strict_restore, progress, cache_dir, stop)
         heartbeat.ended("preempted" if result.status == "resumable" else result.status, result.error)
     return result

@@ -38,8 +38,8 @@ class MemberStatus:
 
     Attributes:
       name: of the member.
-      state: `waiting` if it was never started, `running`, `preempted` if a signal stopped it and it can go on,
-        `failed`, or `done`.
+      state: `waiting` if it was never started, `running`, `preempted` if a signal stopped it and it can go on, also
+        where it was killed before it had saved, `failed`, or `done`.
       step: steps done at the last heartbeat; `steps`: those of its configuration.
       loss: of that step, nats per token; None where that is not known.
       tokens_per_second: at the last heartbeat, without padding.
@@ -82,11 +82,16 @@ def member_status(workdir: epath.PathLike, member: Member, *, now: float | None 
         return MemberStatus(member.name, "waiting", 0, steps)
     state, error = written["state"], written.get("error")
     if state == "running" and not _alive(directory, written, time.time() if now is None else now):
-        state = "failed"
-        error = (
-            f"process {written['process']} on {written['host']} ended without a word: killed, out of memory, or its "
-            "machine is gone."
-        )
+        process = f"process {written['process']} on {written['host']}"
+        if written.get("stopping"):
+            state = "preempted"
+            error = (
+                f"{process} was told to stop ({written['stopping']}) and killed before it had saved; it goes on from "
+                "its last checkpoint."
+            )
+        else:
+            state = "failed"
+            error = f"{process} ended without a word: killed, out of memory, or its machine is gone."
     if state == "done":  # of another configuration
         state = "waiting"
     return MemberStatus(member.name, state, written.get("step") or 0, steps, written.get("loss"), error=error, **shared)

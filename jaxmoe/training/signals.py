@@ -35,6 +35,7 @@ class StopRequest:
 
     def __init__(self, *, second: Literal["raise", "exit"] = "raise"):
         self._signal: str | None = None
+        self._heard: str | None = None
         self._agreed: str | None = None
         self._second = second
         self._previous: dict[signal.Signals, object] = {}
@@ -45,6 +46,14 @@ class StopRequest:
     def requested(self) -> str | None:
         """Name of the signal, such as `SIGTERM`; None as long as there was none."""
         return self._signal if alone() else self._agreed
+
+    @property
+    def heard(self) -> str | None:
+        """Name of the signal that this process got, whether or not the others know of it.
+
+        With `second="exit"` it is there at once; else as soon as Python code runs in the main thread.
+        """
+        return self._heard or self._signal
 
     def ask(self) -> Array | None:
         """Asks all processes whether one was signalled; the answer is for `learn`, and on its way meanwhile."""
@@ -89,19 +98,19 @@ class StopRequest:
         listening, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=_exit_at_second_signal, args=(listening,), name="signals", daemon=True).start()
+        threading.Thread(target=self._hear, args=(listening,), name="signals", daemon=True).start()
 
-
-def _exit_at_second_signal(listening: socket.socket) -> None:
-    """Ends the process at the second of `_SIGNALS`; returns when the other end is closed."""
-    arrived = 0
-    with listening:
-        while numbers := listening.recv(16):
-            for number in numbers:
-                arrived += number in _SIGNALS
-                if arrived == 2:
+    def _hear(self, listening: socket.socket) -> None:
+        """Ends the process at the second of `_SIGNALS`; returns when the other end is closed."""
+        with listening:
+            while numbers := listening.recv(16):
+                for number in filter(_SIGNALS.__contains__, numbers):
+                    name = signal.Signals(number).name
+                    if self._heard is None:
+                        self._heard = name
+                        continue
                     sys.stderr.write(
-                        f"stopped at once by a second signal ({signal.Signals(number).name}). What was finished is "
-                        "kept; run the same command again to go on.\n"
+                        f"stopped at once by a second signal ({name}). What was finished is kept; run the same "
+                        "command again to go on.\n"
                     )
                     os._exit(RESUMABLE)

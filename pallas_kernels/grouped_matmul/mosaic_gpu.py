@@ -9,20 +9,27 @@ N rows, D contracted width, F output width, E groups, V tiles; M, BD, BF the blo
 """
 
 import functools
+import logging
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.execution import Target
 from pallas_kernels.group_tiles import most_tiles, tiles_of_groups
 from pallas_kernels.varying import struct
 from pallas_kernels.visits import tiles_of
 
+try:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+except ImportError:  # of absl-py, which jax 0.10.2 needs for it and does not bring
+    plgpu = None
+
 HOPPER = ("h100",)
 """Chips with the instructions that this kernel is made of."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Tile(NamedTuple):
@@ -55,7 +62,16 @@ def serves(rows: jax.Array, weights: jax.Array, transpose_weights: bool, target:
         and width % tile.contracted == 0
         and out_width % tile.out == 0
         and num_rows >= tile.rows
+        and _is_at_hand()
     )
+
+
+@functools.cache
+def _is_at_hand() -> bool:
+    """Whether JAX's Mosaic GPU can be imported; said once where it cannot."""
+    if plgpu is None:
+        _logger.warning("Triton multiplies in place of Mosaic GPU, which needs `pip install absl-py`")
+    return plgpu is not None
 
 
 def _kernel(group, start, stop, rows, weights, out, *, tile, groups):

@@ -280,6 +280,15 @@ def test_rows_together_respect_memory(model, rows, length, expected):
     assert together == (expected if length < 4096 else 1)
 
 
+def test_rows_are_as_long_as_an_attention_that_was_asked_for_takes_them(model):
+    """Splash refuses rows of 16 positions, which most tasks have."""
+    assert Evaluator(model).shortest_row == 16
+    splash = Decoder(dataclasses.replace(CONFIG, attention="splash"), rngs=nnx.Rngs(3))
+    assert Evaluator(splash).shortest_row == 128
+    lengths = np.array([3, 128, 129, 1000])
+    assert list(length_buckets(lengths, lengths > 0, 1024, shortest=128)) == [128, 256, 1024]
+
+
 @given(st.lists(st.integers(1, 200), max_size=40), st.integers(16, 150))
 def test_buckets_hold_every_item_that_fits_once(lengths, longest):
     lengths = np.array(lengths, np.int64)

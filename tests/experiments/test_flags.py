@@ -4,6 +4,7 @@ import pytest
 
 from experiments.flags import _let_members_override, _refuse_unknown_overrides, find_config_file, load_config
 from jaxmoe.config import ConfigError
+from jaxmoe.scaling.study import Study
 
 
 def test_a_packaged_file_is_found_from_any_folder(tmp_path, monkeypatch):
@@ -21,6 +22,21 @@ def test_a_file_without_get_config_is_refused(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="has no function get_config"):
         load_config(str(tmp_path / "empty.py"))
+
+
+def test_an_argument_that_a_file_does_not_take_is_refused(tmp_path):
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'model': 3}\n")
+    with pytest.raises(ConfigError, match=r"get_config of .*plain.py is given what follows the colon"):
+        load_config(f"{tmp_path / 'plain.py'}:headline")
+
+
+def test_what_is_no_section_is_told_as_such(tmp_path):
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'study': {'name': 's'}, 'model': 3}\n")
+    config = load_config(str(tmp_path / "plain.py"))
+    config.unlock()
+    config.members = {"a": {}}
+    with pytest.raises(ConfigError, match=r"model=3; a section with vocab_size, .* is needed"):
+        Study.from_config_dict(config)
 
 
 def test_every_default_can_be_overridden():

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -48,31 +49,41 @@ def config(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def start(config: pathlib.Path, workdir: pathlib.Path, *flags: str, devices: int) -> subprocess.Popen:
+class Run(subprocess.Popen):
+    """A process that says what it says into a file: a pipe that nobody reads just now would stop it when it is full."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]):
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        super().__init__(command, env=environment, stdout=self._said, stderr=subprocess.STDOUT)
+
+    def said(self) -> str:
+        """All of it, once it has ended."""
+        with self._said:
+            self._said.seek(0)
+            return self._said.read()
+
+
+def start(config: pathlib.Path, workdir: pathlib.Path, *flags: str, devices: int) -> Run:
     """`experiments.run` in a process with so many devices."""
     xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     command = [sys.executable, "-m", "experiments.run", f"--config={config}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return Run(command, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla})
 
 
-def ended(*processes: subprocess.Popen) -> list[int]:
+def ended(*processes: Run) -> list[int]:
     """Their exit statuses; what they said, if pytest shows it."""
     try:
-        for number, process in enumerate(processes):
-            print(f"process {number}:", process.communicate(timeout=300)[0], sep="\n")
-    finally:
         for process in processes:
+            process.wait(timeout=400)
+    finally:
+        for number, process in enumerate(processes):
             process.kill()
+            process.wait()
+            print(f"process {number}:", process.said(), sep="\n")
     return [process.returncode for process in processes]
 
 
-def start_two(config: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[subprocess.Popen]:
+def start_two(config: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[Run]:
     """Two processes with two devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -63,3 +63,12 @@ def test_the_rule_for_what_it_serves(change, served):
     rows = jax.ShapeDtypeStruct((case["rows"], case["width"]), case["dtype"])
     weights = jax.ShapeDtypeStruct((2, case["width"], case["out"]), case["dtype"])
     assert mosaic_gpu.serves(rows, weights, case["transpose"], Target("gpu", case["chip"])) == served
+
+
+def test_without_what_mosaic_gpu_needs_triton_multiplies_and_it_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(mosaic_gpu, "plgpu", None)
+    mosaic_gpu._is_at_hand.cache_clear()
+    rows, weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 128), (2, 128, 256)))
+    assert not mosaic_gpu.serves(rows, weights, False, Target("gpu", "h100"))
+    mosaic_gpu._is_at_hand.cache_clear()
+    assert "pip install absl-py" in caplog.text

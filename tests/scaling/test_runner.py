@@ -413,6 +413,8 @@ def test_running_slices_one_after_the_other_adds_to_the_study(copied):
     ("values", "message"),
     [
         ({"model__vocab_size": 100}, r"member 'first': model\.vocab_size=100 is smaller than the tokenizer's \d+"),
+        ({"model__moe__backend": "tpu"}, "member 'first': model.moe.backend='tpu' runs on TPU .* platform is 'cpu'"),
+        ({"model__attention": "splash"}, "member 'first': model.attention='splash': it runs on TPUs"),
         ({"train__sequence_length": 8}, r"member 'first': .*sequence_length=\d+ or more is needed"),
         (
             {"members__second__data": {"sources": {"text": {"kind": "text", "weight": 0.0, "paths": ("no/such.txt",)}}},

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
+import time
 
 import pytest
 from etils import epath
@@ -13,7 +15,7 @@ from jaxmoe.exclusive import exclusive
 from jaxmoe.scaling import Study
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
 from jaxmoe.scaling.status import SILENCE_SECONDS, member_status, read_status
-from jaxmoe.training import ProgressReporter
+from jaxmoe.training import ProgressReporter, StopRequest
 
 MEMBER = Study.from_config_dict({
     "study": {"name": "tiny"},
@@ -41,9 +43,9 @@ def stands(folder, **changes):
     return status.state, status.step, status.error
 
 
-def heartbeat(folder, progress):
+def heartbeat(folder, progress, stop=None):
     before, progress.latest = progress.latest, None
-    beat = Heartbeat(folder / "E4", progress)
+    beat = Heartbeat(folder / "E4", progress, stop or StopRequest())
     progress.latest = before
     return beat
 
@@ -88,6 +90,22 @@ def test_a_process_that_is_gone_is_not_running(tmp_path, progress):
         beat.ended("preempted")
 
 
+def test_one_that_is_killed_after_it_was_told_to_stop_is_preempted(tmp_path, progress):
+    """As by a cluster that does not wait until it has saved; what had been told to the start before does not count."""
+    with StopRequest(second="exit") as stop, heartbeat(tmp_path, progress, stop) as beat:
+        signal.raise_signal(signal.SIGTERM)
+        while not read_status(epath.Path(tmp_path / "E4"))["stopping"]:
+            time.sleep(0.01)
+        assert stands(tmp_path)[0] == "running", "it saves"
+        state, step, error = stands(tmp_path, process=2**22 + 1)
+        assert (state, step) == ("preempted", 3)
+        assert "was told to stop (SIGTERM) and killed before it had saved" in error
+        beat.ended("preempted")
+    with heartbeat(tmp_path, progress) as beat:
+        assert stands(tmp_path, process=2**22 + 1)[0] == "failed"
+        beat.ended("preempted")
+
+
 def test_an_interrupted_member_can_go_on(tmp_path, progress):
     with pytest.raises(KeyboardInterrupt), heartbeat(tmp_path, progress):
         raise KeyboardInterrupt
@@ -119,7 +137,7 @@ def test_a_failure_is_recorded_for_those_who_could_not(tmp_path, progress):
 
 def test_a_bucket_tells_the_same(bucket, progress):
     folder = epath.Path(bucket) / "status"
-    with Heartbeat(folder / "E4", progress) as beat:
+    with Heartbeat(folder / "E4", progress, StopRequest()) as beat:
         assert member_status(folder, MEMBER).state == "running"
         progress.advance(9, 2.0)
         beat.ended("failed", "no")

@@ -40,7 +40,7 @@ SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmdLogFile={folder}/slurmd.%n.log
 SlurmdSpoolDir={folder}/spool.%n
 SlurmdParameters=config_overrides
-KillWait=20
+KillWait=300
 MinJobAge=300
 SchedulerParameters=sched_interval=2,batch_sched_delay=1,requeue_delay=0
 JobRequeue=1

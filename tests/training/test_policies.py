@@ -85,7 +85,7 @@ def test_saves_by_the_clock_change_no_line_and_the_best_evaluation_stays(tiny_ru
         ({"keep_every": 10}, "keep_every=10, but checkpoints are written every 6 steps; choose a multiple"),
         ({"keep_best": -1}, "keep_best=-1; it must not be negative"),
         ({"best_metric": "accuracy"}, "best_metric='accuracy'; choose 'training_loss' or EVALUATION/SOURCE/SPLIT"),
-        ({"best_mode": "least"}, "best_mode='least'; choose 'min' or 'max'"),
+        ({"best_mode": "least"}, "best_mode='least'; choose one of 'min', 'max'"),
         ({"checkpoint_chunk_bytes": 10}, "checkpoint_chunk_bytes=10; choose 1024 or more"),
         ({"max_missed_saves": -1}, "max_missed_saves=-1; it must not be negative"),
         ({"storage_patience_seconds": 0.0}, "storage_patience_seconds=0.0; it must be positive"),
