@@ -114,6 +114,29 @@ def test_a_decode_step_on_gpus(name, memory):
     assert (fit.tokens, fit.limit) == (8, memory * 10**9)
 
 
+def test_updates_and_rollouts_of_grpo():
+    """Beside the updates lies the reference, beside a rollout's decode step the moments, too."""
+    run = Study.from_config_dict(load_config("paper_grpo.py:d512-E8-k2")).members[0].config
+    grpo = dataclasses.replace(
+        run.grpo, group_size=2, updates_per_step=2, max_prompt_tokens=128, max_response_tokens=128,
+        rollout_batch_size=12,
+    )  # fmt: skip
+    whole = dataclasses.replace(run, train=dataclasses.replace(run.train, sequence_length=256, batch_size=8), grpo=grpo)
+    run = dataclasses.replace(small(whole, gradient_accumulation=2), mesh=MeshConfig(fsdp=2, expert=2))
+    topology = topology_of("v5e:2x2")
+    updates, decode = check_fit(run, topology), check_fit(run, topology, what="decode")
+    assert (updates.fits, updates.tokens) == (True, 2 * 2 * 4 * 256)
+    assert updates.peak > updates.held > 0
+    assert 0.7 < updates.operations.total / updates.model_flops < 2.5
+    assert (decode.tokens, decode.held) == (12, pytest.approx(3 * updates.held, rel=1e-3))
+    assert "updates of a GRPO step" in describe_fit(updates)
+    assert "held beside the program" in describe_fit(decode)
+    assert json.loads(json.dumps(updates.summary()))["held"] == updates.held
+    plans = list(plans_of(run, topology))
+    assert {plan.train.gradient_accumulation for plan in plans} == {1, 2}  # 8 rows of an update, over 4 devices
+    assert min(map(expected_bytes, plans)) > min(expected_bytes(dataclasses.replace(p, grpo=None)) for p in plans)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "topology", "mesh"),

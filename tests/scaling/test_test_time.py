@@ -1,17 +1,22 @@
 """Sampling a trained study: what is written, gone on with, skipped, and refused."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
 import signal
 
+import pandas as pd
 import pytest
 
 from jaxmoe.config import ConfigError
 from jaxmoe.data import load_tokenizer
 from jaxmoe.evaluation import greedy_answers
 from jaxmoe.scaling import Study, run_study
+from jaxmoe.scaling.report.comparison import compare
+from jaxmoe.scaling.report.tables import load_study
+from jaxmoe.scaling.report.test_time import sampling_figure
 from jaxmoe.scaling.test_time import describe_sampling, sample_study
 from jaxmoe.training import StopRequest, read_parameters
 
@@ -158,3 +163,32 @@ def test_the_description_counts_tokens():
     (described,) = describe_sampling(study_of(max_new_tokens=100).members)
     assert described["sources"] == ["reasoning"]
     assert described["tokens_per_problem"] == 4 * 8  # half of the model's 16 each
+
+
+def test_the_report_draws_what_was_sampled_and_nothing_where_nothing_was(folder):
+    unsampled = load_study(folder)
+    assert sampling_figure(unsampled, compare(unsampled, unsampled.slices[0]), "curves") is None
+    (record,) = sample_study(study_of(), folder)[0].records
+    tables = load_study(folder)
+    figure = sampling_figure(tables, compare(tables, tables.slices[0]), "curves")
+    rows = figure.data.set_index(["measure", "n"])
+    for measure in ("coverage", "majority"):
+        for n in (1, 2, 4):
+            assert rows.value[measure, n] == record[f"expected_{measure}_{n}"]
+            assert rows.standard_error[measure, n] == record[f"expected_{measure}_{n}_standard_error"]
+            assert rows.tokens[measure, n] == pytest.approx(n * record["tokens_per_sample"])
+    assert 1 <= record["tokens_per_sample"] <= 4
+    assert len(figure.draw(3).axes) == 2
+
+    def with_another(table, **differs):
+        return pd.concat([table, table.assign(member="more", arm="more", **differs)], ignore_index=True)
+
+    part = dataclasses.replace(tables.slices[0], arms=("only", "more"))
+    two = dataclasses.replace(
+        tables, members=with_another(tables.members, total_parameters=10_000), sampling=with_another(tables.sampling)
+    )
+    drawn = sampling_figure(two, compare(two, part), "curves").draw(3)
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == [
+        "reasoning: pass@n", "reasoning: majority of n", "reasoning: majority of n",
+    ]  # fmt: skip
+    assert drawn.axes[2].get_xlabel() == "total parameters"

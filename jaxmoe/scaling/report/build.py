@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from jaxmoe.config import ConfigError
-from jaxmoe.scaling.report import expert_load, figures, findings, html, members, post_training, style, trajectories
+from jaxmoe.scaling.report import (
+    expert_load,
+    figures,
+    findings,
+    html,
+    members,
+    post_training,
+    style,
+    test_time,
+    trajectories,
+)
 from jaxmoe.scaling.report.comparison import Comparison, compare
 from jaxmoe.scaling.report.errors import ReportError
 from jaxmoe.scaling.report.figures import ReportFigure
@@ -66,6 +76,7 @@ def slice_figures(tables: StudyTables, comparison: Comparison) -> Iterator[Repor
             yield figures.effect_figure(tables, comparison, "tokens_per_parameter", f"{stem}-tokens-per-parameter")
     optional = (
         post_training.reward_figure(tables, comparison, f"{stem}-grpo"),
+        test_time.sampling_figure(tables, comparison, f"{stem}-test-time"),
         trajectories.loss_figure(tables, part, f"{stem}-task-loss"),
         trajectories.accuracy_figure(tables, part, f"{stem}-accuracy"),
         figures.loss_accuracy_figure(tables, comparison, f"{stem}-loss-accuracy-gap"),

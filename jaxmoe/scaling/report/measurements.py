@@ -11,6 +11,7 @@ from etils import epath
 
 from jaxmoe.evaluation.evaluate import MIXTURE
 from jaxmoe.evaluation.records import Record
+from jaxmoe.evaluation.test_time import budgets
 from jaxmoe.scaling.report.errors import ReportError
 
 if TYPE_CHECKING:
@@ -105,6 +106,33 @@ def rewards(members: pd.DataFrame, logs: Mapping[str, Mapping[str, list[dict[str
         if line.get("reward") is not None
     ]
     return pd.DataFrame(rows, columns=["member", "arm", "seed", "step", "reward"])
+
+
+def sampling(members: pd.DataFrame, records: Mapping[str, list[Record]]) -> pd.DataFrame:
+    """What n samples of a problem are worth, by the newest `test_time` record of each member, source and split.
+
+    Returns:
+      A row per (member, source, split, n, measure `coverage` or `majority`): the expected `value`, and `tokens`, those
+      of n samples; empty where nothing was sampled.
+    """
+    import pandas as pd
+
+    rows = []
+    for member in members.itertuples():
+        own = [record for record in records[member.member] if record["evaluation"] == "test_time"]
+        newest = {(record["source"], record["split"]): record for record in sorted(own, key=lambda one: one["step"])}
+        for (source, split), record in newest.items():
+            for measure in ("coverage", "majority"):
+                for n in budgets(record["samples"]):
+                    name = f"expected_{measure}_{n}"
+                    rows.append((
+                        member.member, member.arm, member.seed, record["step"], source, split, record["problems"],
+                        record["temperature"], n, n * (record.get("tokens_per_sample") or math.nan), measure,
+                        record[name], record[f"{name}_standard_error"],
+                    ))  # fmt: skip
+    columns = ["member", "arm", "seed", "step", "source", "split", "problems", "temperature", "n", "tokens", "measure",
+               "value", "standard_error"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
 
 
 def curves(

@@ -71,6 +71,8 @@ class StudyTables:
         everything else), final.
       curves: long: member, arm, seed, step, tokens, source ("" for the mixture), loss.
       rewards: long: member, arm, seed, step, reward of the sampled responses; of members with GRPO.
+      sampling: long: member, arm, seed, step, source, split, problems, temperature, n, tokens, measure (coverage or
+        majority), value, standard_error; of members that were sampled.
       load: member, arm, seed, layer, rank, share of the assignments, relative (1 = balanced); at the last evaluation.
       interim: None if the comparisons use finished members, else the step at which unfinished ones are compared.
     """
@@ -88,6 +90,7 @@ class StudyTables:
     results: pd.DataFrame
     curves: pd.DataFrame
     rewards: pd.DataFrame
+    sampling: pd.DataFrame
     load: pd.DataFrame
     interim: int | None
 
@@ -158,6 +161,7 @@ def load_study(study_dir: epath.PathLike) -> StudyTables:
         results=results,
         curves=measurements.curves(members, logs, tuple(kinds)),
         rewards=measurements.rewards(members, logs),
+        sampling=measurements.sampling(members, records),
         load=measurements.load(members, records),
         interim=interim,
     )
