@@ -25,7 +25,7 @@ from experiments.benchmarks.timing import machine
 from jaxmoe.config import DataConfig, KnowledgeSource, ModelConfig, MoEConfig, RunConfig, TrainConfig
 
 SAVES = 20
-_QUIET_SAVES = 5
+_QUIET_SAVES, _FIRST_STEPS = 5, 3
 _WIDTH, _LAYERS, _EXPERTS, _HIDDEN, _VOCABULARY = 512, 4, 16, 480, 2048
 
 RUN = RunConfig(
@@ -47,7 +47,7 @@ def run(rounds: int) -> dict[str, Any]:
     """
     del rounds
     with tempfile.TemporaryDirectory() as folder:
-        parts = [_in_process(part, folder) for part in ("save", "memory", "restore")]
+        parts = [_in_process(part, folder) for part in ("save", "memory", "memory_in_training", "restore")]
     return {"machine": machine(), **{name: value for part in parts for name, value in part.items()}}
 
 
@@ -70,6 +70,7 @@ def describe(result: dict[str, Any]) -> str:
             f"{result['write_cpu_seconds']:.2f} CPU seconds, "
             f"{result['state_bytes'] / 1e6 / result['write_seconds']:.0f} MB/s",
             f"host memory of a save      {result['save_memory_ratio']:.2f} x the state, in a fresh process (limit 1.5)",
+            f"  while a run trains       {result['training_save_memory_ratio']:.2f} x the state, over what steps hold",
             f"host memory of a restore   {result['restore_memory_ratio']:.2f} x the state, itself included (limit 1.2)",
             f"restore                    {result['restore_seconds']:.2f} s",
         ]
@@ -210,6 +211,31 @@ def _measure_memory(folder: str) -> dict[str, Any]:
     return {"save_memory_ratio": peak.extra / state_bytes}
 
 
+def _measure_memory_in_training(folder: str) -> dict[str, Any]:
+    """Of three saves, each with a step beside it, over what the process held after its first steps."""
+    import jax
+
+    from jaxmoe.data import Mixture
+    from jaxmoe.training import Checkpoints, Retention, init_state, make_train_step
+
+    _, state = init_state(RUN)
+    state_bytes = _bytes_of(state.opt_state) + _bytes_of(state.params)
+    step, mixture = make_train_step(RUN.model, RUN.train, 1), Mixture.of_run(RUN)
+
+    def one(number: int) -> None:
+        nonlocal state
+        state = jax.block_until_ready(step(state, mixture.batch(number)))[0]
+
+    for number in range(_FIRST_STEPS):
+        one(number)
+    with Checkpoints(f"{folder}_in_training", Retention(1)) as checkpoints, _PeakMemory() as peak:
+        for number in range(_FIRST_STEPS, 2 * _FIRST_STEPS):
+            checkpoints.save(number, state, {})
+            one(number)
+            checkpoints.wait()
+    return {"training_save_memory_ratio": peak.extra / state_bytes}
+
+
 def _measure_restore(folder: str) -> dict[str, Any]:
     import jax
 
@@ -228,7 +254,12 @@ def _measure_restore(folder: str) -> dict[str, Any]:
 def _main(part: str, folder: str) -> None:
     from jaxmoe.training import reuse_freed_memory
 
-    measure = {"save": _measure_saves, "memory": _measure_memory, "restore": _measure_restore}[part]
+    measure = {
+        "save": _measure_saves,
+        "memory": _measure_memory,
+        "memory_in_training": _measure_memory_in_training,
+        "restore": _measure_restore,
+    }[part]
     # Training on CPU keeps what is freed, so that memory held is no measure of memory needed there.
     keeps = part != "memory" and os.environ.get("JAX_PLATFORMS") == "cpu"
     with reuse_freed_memory() if keeps else contextlib.nullcontext():
