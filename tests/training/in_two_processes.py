@@ -13,7 +13,7 @@ from jaxmoe.config import ConfigError, GRPOConfig, QuestionAnswerSource
 from jaxmoe.post_training import GRPO, grpo
 from jaxmoe.processes import connect, is_first, together
 from jaxmoe.sharding import partitioning_of_run
-from jaxmoe.training import StopRequest, damage, train
+from jaxmoe.training import StopRequest, checkpoints, damage, train
 from jaxmoe.training.checkpoints import Checkpoints
 from jaxmoe.training.damage import DamageError, finding
 from jaxmoe.training.errors import CheckpointError
@@ -76,14 +76,14 @@ def damaged_in_process_1(monkeypatch):
     """Says of which step process 1, and only it, meets an error, and which."""
 
     def damage(damaged, error):
-        original = Checkpoints._check_structure
+        original = checkpoints.check_structure
 
-        def check(self, step, *arguments):
+        def check(directory, step, *arguments, **options):
             if jax.process_index() == 1 and step == damaged:
                 raise error
-            original(self, step, *arguments)
+            original(directory, step, *arguments, **options)
 
-        monkeypatch.setattr(Checkpoints, "_check_structure", check)
+        monkeypatch.setattr(checkpoints, "check_structure", check)
 
     return damage
 
