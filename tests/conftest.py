@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,16 +25,8 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # Compiling takes longer than running here. The numbers are those of other programs than users have, and the same in
 # all processes of the tests; what is said about compiled programs comes of the fixture `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 SHARED = pathlib.Path(os.environ.get("JAXMOE_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """What one process of the tests has compiled the others take from a folder, for as long as the tests run."""
-    if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="jaxmoe-compiled-")
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
