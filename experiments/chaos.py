@@ -133,7 +133,6 @@ def _folder(given: str | None) -> Iterator[tuple[str, pathlib.Path]]:
         workdir = os.path.abspath(workdir)
     with tempfile.TemporaryDirectory() as own:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(own, "compiled"))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield workdir, pathlib.Path(own)
 
 

@@ -122,10 +122,12 @@ def _gradients(query, key, value, allowed, output, log_sums, gradient):
 
 
 def product(subscripts: str, left: Array, right: Array) -> Array:
+    """`jnp.einsum` summed in float32, whatever the operands are."""
     return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
 
 
 def heads_in_line(x: Float[Array, "B M R Q n"]) -> Float[Array, "B M RQ n"]:
+    """The queries of the R heads that share keys, one after another."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
