@@ -8,7 +8,9 @@ import dataclasses
 import functools
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -277,8 +279,15 @@ def _encoded(
 
 
 def _start_worker(tokenizer: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what runs in parallel
     _tokenizer_here(tokenizer)
+
+
+def _end_with_parent() -> None:
+    """A killed command leaves no worker: each waits for a pipe whose other end it holds itself, for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 @functools.cache
