@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from experiments.flags import fail, parse_flags
+from experiments.flags import fail, run_command
 from jaxmoe.config import ConfigError, nearest
 
 _JSON = flags.DEFINE_bool("json", False, "Print the result as JSON.")
@@ -57,4 +56,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main, flags_parser=parse_flags))
+    run_command(main)

@@ -16,7 +16,6 @@ import dataclasses
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -137,4 +136,4 @@ def _folder(given: str | None) -> Iterator[tuple[str, pathlib.Path]]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_with_config(main))
+    run_with_config(main)

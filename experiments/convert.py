@@ -19,9 +19,9 @@ import time
 from collections.abc import Sequence
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 
-from experiments.flags import HELP, fail, parse_flags, run_with_config, show_help
+from experiments.flags import HELP, fail, run_command, run_with_config, show_help
 from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError, nearest
 
@@ -99,7 +99,7 @@ def main() -> None:
         except ConfigError as error:
             fail(error)
 
-    app.run(run, flags_parser=parse_flags)
+    run_command(run)
 
 
 if __name__ == "__main__":

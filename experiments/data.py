@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING
 
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.flags import HELP, fail, parse_flags, run_with_config, show_help
+from experiments.flags import HELP, fail, run_command, run_with_config, show_help
 from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError, RunConfig, nearest
 from jaxmoe.exit_status import RESUMABLE
@@ -254,7 +254,7 @@ def main() -> None:
         except ConfigError as error:
             fail(error)
 
-    app.run(run, flags_parser=parse_flags)
+    run_command(run)
 
 
 if __name__ == "__main__":

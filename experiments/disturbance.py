@@ -10,7 +10,6 @@ import os
 import pathlib
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from experiments.end_state import newest_checkpoint, unfinished_checkpoint
 from experiments.execution import run_to_status
+from experiments.flags import leave
 from jaxmoe.training import ProgressReporter
 
 if TYPE_CHECKING:
@@ -226,6 +226,4 @@ def _train(study: Study, member: str, workdir: str, reports: Connection, log: pa
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     status = run_to_status(study, workdir, member=member, progress=_Reporting(reports))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # with many host devices, threads of XLA may abort an interpreter that is being taken down
+    leave(status)

@@ -95,4 +95,4 @@ def _tell(fit: Fit) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_with_config(main))
+    run_with_config(main)

@@ -66,4 +66,4 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_with_config(main))
+    run_with_config(main)

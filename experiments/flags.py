@@ -10,12 +10,15 @@ with the package, so that `--config=quickstart.py` works from any folder.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import os
 import pathlib
 import sys
+import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -129,7 +132,7 @@ def _fill(section: Any, kind: type) -> None:
 
 def run_with_config(
     main: Callable[[ml_collections.ConfigDict, tuple[str, ...]], int | None], actions: Sequence[str] = ()
-) -> None:
+) -> typing.NoReturn:
     """Runs `main(config, overridden)` as a command that takes `--config` and its overrides.
 
     A ConfigError is printed as one line and the exit status is 2; nothing else is caught. `overridden` holds the
@@ -161,7 +164,34 @@ def run_with_config(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
 
-    app.run(run, argv=argv, flags_parser=parse_flags)
+    run_command(run, argv)
+
+
+def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> typing.NoReturn:
+    """Parses absl's flags, runs `main` with what is left of the command line, and ends with the status it returns.
+
+    Args:
+      main: given the program's name and the arguments that are no flags.
+      argv: command line; None for that of the process.
+    """
+    try:
+        app.run(main, argv=argv, flags_parser=_parse_flags)
+    except SystemExit as end:
+        leave(end.code or 0)
+
+
+def leave(status: int) -> typing.NoReturn:
+    """Ends the process as `sys.exit` does, but leaves the interpreter standing.
+
+    Before Python 3.14 a thread of XLA or of TensorStore that asks for Python's lock while the interpreter is taken
+    down aborts the process (CPython issue 87135): a command that did all it had to would end with SIGABRT.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def show_help(argv: Sequence[str]) -> typing.NoReturn:
@@ -170,8 +200,7 @@ def show_help(argv: Sequence[str]) -> typing.NoReturn:
         "config", None, "Experiment file, FILE.py or FILE.py:ARGUMENT; --config.SECTION.KEY=VALUE overrides a value.",
         module_name=sys.argv[0],
     )  # fmt: skip
-    app.run(lambda _: None, argv=["--help" if part == "-h" else part for part in argv], flags_parser=parse_flags)
-    sys.exit(0)
+    run_command(lambda _: None, ["--help" if part == "-h" else part for part in argv])
 
 
 def config_arguments() -> list[str]:
@@ -194,7 +223,7 @@ def _action(given: Sequence[str], actions: Sequence[str]) -> Sequence[str]:
     return given
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parser for `app.run`: a mistake in the flags is one line and exit status 2, and help is no failure."""
     try:
         return flags.FLAGS(list(argv))

@@ -13,9 +13,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from experiments.flags import fail, parse_flags
+from experiments.flags import fail, run_command
 from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError
 
@@ -78,4 +78,4 @@ def read_questions(path: str, limit: int | None) -> list:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    run_command(main)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from experiments.flags import fail, parse_flags
+from experiments.flags import fail, run_command
 from experiments.terminal import log_to_terminal
 from jaxmoe.scaling.report import ReportError, build_report
 
@@ -37,4 +37,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    run_command(main)

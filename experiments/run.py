@@ -102,4 +102,4 @@ def _check_vocabularies(members: Sequence[Member]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_with_config(main))
+    run_with_config(main)

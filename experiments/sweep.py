@@ -278,4 +278,4 @@ def _note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_with_config(main, ACTIONS))
+    run_with_config(main, ACTIONS)

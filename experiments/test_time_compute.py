@@ -106,4 +106,4 @@ def _say(what: str, done: int, total: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_with_config(main))
+    run_with_config(main)

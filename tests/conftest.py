@@ -26,6 +26,8 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # all processes of the tests; what is said about compiled programs comes of the fixture `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
+_PYTEST = "import sys, pytest; from experiments.flags import leave; leave(pytest.main(sys.argv[1:]))"
+
 SHARED = pathlib.Path(os.environ.get("JAXMOE_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
 
 
@@ -75,7 +77,7 @@ def run_on_devices() -> Callable[..., None]:
 
     def run(path: pathlib.Path, *arguments: str, devices: int = 8, processes: int = 1) -> None:
         flags = f"--xla_force_host_platform_device_count={devices}"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), *arguments]
+        command = [sys.executable, "-c", _PYTEST, "-q", "-p", "no:cacheprovider", str(path), *arguments]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTEST_ADDOPTS": ""}
         if processes > 1:
             with socket.socket() as probe:

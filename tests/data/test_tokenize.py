@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -82,6 +85,28 @@ def test_it_goes_on_after_the_last_whole_shard(corpus, tmp_path, monkeypatch):
 def test_processes_do_not_change_the_shards(corpus, tmp_path):
     assert tokenized(corpus, tmp_path / "one") == tokenized(corpus, tmp_path / "two", processes=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+_KILLED = """
+import multiprocessing, os, signal, sys
+from jaxmoe.data.tokenize import tokenize_corpus
+def report(*progress):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    tokenize_corpus([sys.argv[1]], sys.argv[2], "bytes", processes=2, progress=report)
+"""
+
+
+def test_a_killed_command_leaves_no_worker(corpus, tmp_path):
+    """Which would hold on to its output, so that this would not be at an end."""
+    (tmp_path / "killed.py").write_text(_KILLED)
+    killed = subprocess.run(
+        [sys.executable, tmp_path / "killed.py", corpus, tmp_path / "out"], stdout=subprocess.PIPE, check=False,
+        timeout=60,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    assert killed.stdout.strip().isdigit()
 
 
 def test_another_corpus_is_not_mixed_in(corpus, tmp_path):

@@ -1,10 +1,16 @@
 """The --config flag: files found, completed with defaults, selected from, and unknown keys refused."""
 
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
 from experiments.flags import _let_members_override, _refuse_unknown_overrides, find_config_file, load_config
 from jaxmoe.config import ConfigError
 from jaxmoe.scaling.study import Study
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def test_a_packaged_file_is_found_from_any_folder(tmp_path, monkeypatch):
@@ -78,3 +84,21 @@ def test_a_member_takes_an_override_of_any_key():
     _let_members_override(config, ["run", "--config.members.E64.train.steps=3"])
     assert config.members.E64.train.steps == config.train.steps
     assert "train" not in config.members.E8
+
+
+_LEAVING = """
+import atexit, threading, time
+from experiments.flags import leave
+class Never:
+    def __del__(self): print("taken down")
+never = Never()
+atexit.register(print, "exit function")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+print("end")
+leave(3)
+"""
+
+
+def test_a_command_leaves_after_its_threads_and_exit_functions_with_the_interpreter_standing():
+    done = subprocess.run([sys.executable, "-c", _LEAVING], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split("\n")) == (3, ["end", "thread", "exit function", ""])

@@ -15,6 +15,7 @@ from jaxmoe.config import to_dict
 _PROGRAM = """
 import json, os, signal, sys, time
 sys.modules["tensorboardX"] = None
+from experiments.flags import leave
 from jaxmoe.config import RunConfig, from_dict
 from jaxmoe.training import ProgressReporter, StopRequest, train
 
@@ -43,6 +44,7 @@ at, again_in_save = json.loads(sys.argv[3])
 with StopRequest(second="exit") as stop:
     result = train(run, sys.argv[2], progress=Signalling(terminal=False), stop=stop)
 print(json.dumps({"status": result.status, "step": result.step, "loss": result.loss}))
+leave(0)
 """
 
 

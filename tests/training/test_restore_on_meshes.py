@@ -11,6 +11,7 @@ _PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np, tensorstore
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from experiments.flags import leave
 from jaxmoe.training import Checkpoints, Retention, Storage
 from jaxmoe.training.fingerprints import fingerprints
 from jaxmoe.training.named_arrays import named_arrays
@@ -73,6 +74,7 @@ with Checkpoints(folder) as checkpoints:
     report["experts alone"] = (bytes_read() - before) / NUMBERS["experts"].nbytes
 np.testing.assert_array_equal(np.asarray(restored["arrays"]["experts"]), NUMBERS["experts"].astype(jnp.bfloat16))
 print(json.dumps(report))
+leave(0)
 """
 
 

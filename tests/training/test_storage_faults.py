@@ -18,6 +18,7 @@ from jaxmoe.training import CheckpointError, NoSpaceLeftError, ProgressReporter,
 _PROGRAM = """
 import asyncio, json, sys, types
 import gcsfs.retry
+from experiments.flags import leave
 from jaxmoe.config import RunConfig, from_dict
 from jaxmoe.storage import as_path
 from jaxmoe.training import ProgressReporter, TrainingError, train
@@ -37,6 +38,7 @@ try:
 except TrainingError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 print(json.dumps({"status": result.status, "step": result.step, "loss": result.loss}))
+leave(0)
 """
 
 
