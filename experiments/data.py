@@ -9,7 +9,7 @@
 of every source, decoded, each part with its loss weight. `tokenize` writes ArrayRecord shards that a source of kind
 `tokens` reads, with `--processes` at a time; called again, it goes on after the last whole shard. `train_tokenizer`
 writes a byte-level BPE that `--config.data.tokenizer=tok.json` uses. Exit status: 0 done, 2 a mistake of yours, said in
-one line.
+one line, 75 `tokenize` was stopped by SIGTERM or SIGINT and goes on when called again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from absl import flags
 from experiments.flags import HELP, fail, run_command, run_with_config, show_help
 from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError, RunConfig, nearest
+from jaxmoe.exit_status import RESUMABLE
 
 if TYPE_CHECKING:
     from jaxmoe.data.tokenize import TokenizedCorpus
@@ -94,8 +96,8 @@ def inspect(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> N
                 print("\n".join(_described({key: values[row] for key, values in rows.items()}, mixture.tokenizer)))
 
 
-def tokenize() -> None:
-    """Makes shards of tokens and prints how many they are."""
+def tokenize() -> int:
+    """Makes shards of tokens and prints how many they are; returns the exit status."""
     if not _INPUTS.value or not _OUTPUT.value or not _TOKENIZER.value:
         raise ConfigError("tokenize needs --inputs=FILES, --tokenizer=FILE and --output=FOLDER.")
     if len(_TEXT_KEY.value) != 1:
@@ -105,22 +107,28 @@ def tokenize() -> None:
 
     log_to_terminal()
     processes = _PROCESSES.value or os.cpu_count() or 1
-    with TokenizeProgress() as progress:
-        corpus = tokenize_corpus(
-            _INPUTS.value, _OUTPUT.value, _TOKENIZER.value,
-            text_key=_TEXT_KEY.value[0],
-            on_error=_ON_ERROR.value,
-            shard_tokens=_SHARD_TOKENS.value,
-            processes=processes,
-            progress=progress.update,
-        )  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with TokenizeProgress() as progress:
+            corpus = tokenize_corpus(
+                _INPUTS.value, _OUTPUT.value, _TOKENIZER.value,
+                text_key=_TEXT_KEY.value[0],
+                on_error=_ON_ERROR.value,
+                shard_tokens=_SHARD_TOKENS.value,
+                processes=processes,
+                progress=progress.update,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"stopped; whole shards are kept. The same command goes on there ({_OUTPUT.value}).", file=sys.stderr)
+        return RESUMABLE
     if _JSON.value:
         print(json.dumps({"source": _OUTPUT.value, **dataclasses.asdict(corpus)}, indent=2))
-        return
+        return 0
     print(
         f"{_OUTPUT.value}: {corpus.tokens:,} tokens of {corpus.documents:,} documents in {corpus.shards:,} shards"
         + "".join(f"; skipped {count:,}: {reason}" for reason, count in corpus.skipped.items())
     )
+    return 0
 
 
 class TokenizeProgress:
@@ -238,11 +246,11 @@ def main() -> None:
         run_with_config(commands[name])
         return
 
-    def run(argv: Sequence[str]) -> None:
+    def run(argv: Sequence[str]) -> int | None:
         try:
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")
-            commands[name]()
+            return commands[name]()
         except ConfigError as error:
             fail(error)
 

@@ -5,7 +5,8 @@
 Every entry is a compilation of one to three minutes on 2 cores, so all 65 members on three chips take hours. Results
 are kept beside the table, in fit_table.json: stopped and called again, the command goes on, and entries that are there
 are not compiled again while the versions of JAX and libtpu are the same. The argument of the configuration narrows the
-members, `--chips` the chips, and `--limit` how many entries one call compiles.
+members, `--chips` the chips, and `--limit` how many entries one call compiles; what else the table has stays in it.
+`--again` compiles entries that are there, too, and says what changed, as after a change of kernels or of the program.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from jaxmoe.config import ConfigError, nearest
 
 _OUTPUT = flags.DEFINE_string("output", "docs/fit_table.md", "The table; its results are in a .json of the same name.")
 _CHIPS = flags.DEFINE_list("chips", ["v5p", "v6e", "h100"], "Columns of the table.")
+_AGAIN = flags.DEFINE_bool("again", False, "Compile entries that are there once more, and compare.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Compile for at most so many entries.", lower_bound=0)
 
 
 def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     """Runs the command; returns the exit status."""
-    from jaxmoe.scaling.fit_table import SLICES, smallest_fit, table, versions
+    from jaxmoe.scaling.fit_table import SLICES, fill, rows_and_columns, table, versions
     from jaxmoe.scaling.study import Study
     from jaxmoe.storage import as_path, write_bytes, write_json
 
@@ -47,26 +49,18 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
         earlier = output.parent / f"{output.stem}.earlier.json"
         write_json(earlier, kept)
         print(f"{results_file} is of {kept['versions']}, not of {versions()}: begun anew; it is kept as {earlier}.")
-    compiled, names = 0, [each.name for each in study.members]
+    names, chips = rows_and_columns(results, [member.name for member in study.members], _CHIPS.value)
 
     def write() -> None:
         write_json(results_file, {"versions": versions(), "entries": results})
-        write_bytes(output, table(names, _CHIPS.value, results).encode())
+        write_bytes(output, table(names, chips, results).encode())
 
     if results:
         write()
-    for member in study.members:
-        for chip in _CHIPS.value:
-            if f"{member.name} {chip}" in results or (_LIMIT.value is not None and compiled >= _LIMIT.value):
-                continue
-            found = smallest_fit(member.config, chip)
-            compiled += 1
-            results[f"{member.name} {chip}"] = None if found is None else found.summary()
-            print(f"{member.name}, {chip}: {'none fits' if found is None else found.topology}", file=sys.stderr)
-            write()
-    missing = len(study.members) * len(_CHIPS.value) - sum(
-        f"{member.name} {chip}" in results for member in study.members for chip in _CHIPS.value
-    )
+    for said in fill(results, study.members, _CHIPS.value, again=_AGAIN.value, limit=_LIMIT.value):
+        print(said, file=sys.stderr)
+        write()
+    missing = sum(f"{name} {chip}" not in results for name in names for chip in chips)
     print(f"{output}: {f'{missing} entries are missing; run again to go on' if missing else 'complete'}.")
     return 0
 

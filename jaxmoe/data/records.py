@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Literal
 
 from jaxmoe.data.errors import DataError
@@ -56,11 +56,15 @@ class RecordErrors:
     def summarize(self, kept: int) -> None:
         """Logs what was skipped, if anything was."""
         if self.skipped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
             _log.warning(
                 "source %r: skipped %d of %d records (%s); the first: %s",
-                self.source, self.total, self.total + kept, reasons, self._first,
+                self.source, self.total, self.total + kept, in_words(self.skipped), self._first,
             )
+
+
+def in_words(skipped: Mapping[str, int]) -> str:
+    """How many records were skipped for which reason."""
+    return ", ".join(f"{count} {reason}" for reason, count in collections.Counter(skipped).most_common())
 
 
 def read_records(path: str, errors: RecordErrors) -> Iterator[tuple[str, Any]]:
@@ -141,9 +145,37 @@ def _decompressed(path: str, raw: BinaryIO) -> BinaryIO:
     if path.endswith(".gz"):
         return gzip.open(raw)
     if path.endswith(".zst"):
-        reader = _needed("zstandard", path).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader, 1 << 20)
+        return io.BufferedReader(_ZstandardFrames(raw, _needed("zstandard", path).ZstdDecompressor()), 1 << 20)
     return raw
+
+
+class _ZstandardFrames(io.RawIOBase):
+    """What the frames of a file hold, one after the other; EOFError where the file ends within one.
+
+    The package's own reader takes a file that was cut off for one that ends there.
+    """
+
+    def __init__(self, raw: BinaryIO, decompressor: Any):
+        self._raw, self._decompressor, self._frame = raw, decompressor, None
+        self._compressed = self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._ready:
+            compressed = self._compressed or self._raw.read(1 << 16)
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._ready, self._compressed = memoryview(self._frame.decompress(compressed)), memoryview(b"")
+            if self._frame.eof:
+                self._compressed, self._frame = memoryview(self._frame.unused_data), None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 def _zstandard_errors(path: str) -> tuple[type[Exception], ...]:

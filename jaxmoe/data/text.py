@@ -13,7 +13,7 @@ from jaxmoe.data.cache import Corpus, cached_corpus
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.files import expand, identity
 from jaxmoe.data.layouts import Documents, PackedLayout
-from jaxmoe.data.records import TEXT_SUFFIXES, RecordErrors, read_records, string_field
+from jaxmoe.data.records import TEXT_SUFFIXES, RecordErrors, in_words, read_records, string_field
 from jaxmoe.data.source import Source
 from jaxmoe.data.tokenizers import Tokenizer, require_any_text
 
@@ -135,7 +135,8 @@ def _corpus(
             yield text
         errors.summarize(count)
         if count == 0:
-            raise DataError(f"source {name!r}: {', '.join(paths)}: no record has any text.")
+            skipped = f" (skipped: {in_words(errors.skipped)})" if errors.skipped else ""
+            raise DataError(f"source {name!r}: {', '.join(paths)}: no record has any text{skipped}.")
 
     key = {"files": [identity(path) for path in paths], "text_key": config.text_key, "on_error": config.on_error}
     return cached_corpus(cache_dir, key, texts, tokenizer, errors.skipped)

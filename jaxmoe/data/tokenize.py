@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -21,7 +23,7 @@ from jaxmoe.config import ConfigError, config_hash
 from jaxmoe.data.cache import text_hash
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.files import expand, identity
-from jaxmoe.data.records import TEXT_SUFFIXES, RecordErrors, read_records
+from jaxmoe.data.records import TEXT_SUFFIXES, RecordErrors, in_words, read_records
 from jaxmoe.data.shards import SUFFIX, id_dtype, read_index, write_shard
 from jaxmoe.data.text import text_of
 from jaxmoe.data.tokenizers import Tokenizer, load_tokenizer, require_any_text
@@ -125,13 +127,15 @@ def tokenize_corpus(
     output.mkdir(parents=True, exist_ok=True)
     writer = _ShardWriter(output, encoder, config_hash(recipe), shard_tokens, corpus)
     blocks = _blocks(paths, start, text_key, RecordErrors(str(output), on_error))
-    for block, encoded in _encoded(blocks, tokenizer, encoder, processes):
-        writer.add(block, encoded)
-        if progress is not None:
-            progress(writer.with_open_shard, block.end.file, len(paths))
+    with contextlib.closing(_encoded(blocks, tokenizer, encoder, processes)) as encoded_blocks:
+        for block, encoded in encoded_blocks:
+            writer.add(block, encoded)
+            if progress is not None:
+                progress(writer.with_open_shard, block.end.file, len(paths))
     corpus = writer.finish()
     if not corpus.documents:
-        raise DataError(f"{', '.join(paths[:3])}: no record has any text.")
+        skipped = f" (skipped: {in_words(corpus.skipped)})" if corpus.skipped else ""
+        raise DataError(f"{', '.join(paths[:3])}: no record has any text{skipped}.")
     write_json(output / SUMMARY_FILE, {"recipe": config_hash(recipe), **dataclasses.asdict(corpus)})
     return corpus
 
@@ -280,6 +284,7 @@ def _encoded(
 
 def _start_worker(tokenizer: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the command ends its workers itself
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what runs in parallel
     _tokenizer_here(tokenizer)
 

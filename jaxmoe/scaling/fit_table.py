@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxmoe.accounting import memory_bytes
-from jaxmoe.config import RunConfig
+from jaxmoe.config import MeshConfig, RunConfig
 from jaxmoe.scaling.fit import Fit, check_fit, memory_limit
 from jaxmoe.scaling.fit_search import expected_bytes, plans_of
+from jaxmoe.scaling.study import Member
 from jaxmoe.scaling.topologies import GIB, describe_topology
 from pallas_kernels.targets import COMPILERS
 
@@ -36,24 +37,84 @@ def versions() -> dict[str, str]:
 
 
 def smallest_fit(run: RunConfig, chip: str) -> Fit | None:
-    """The first of `SLICES` on which the run's thriftiest plan compiles and fits; None if it fits on none.
+    """The first of `SLICES` on which a thrifty plan of the run compiles and fits; None if it fits on none.
 
-    The plan is the one of `plans_of` that needs the least by the count of `jaxmoe.accounting`: most often one row of a
-    device at a time and everything recomputed. Slices that could not hold the parameters and their moments are passed
-    over without compiling.
+    The plan is the one of `plans_of` that needs the least by `expected_bytes`: most often one row of a device at a time
+    and everything recomputed. Where it does not fit, that of the next thriftiest mesh is compiled, too, since the count
+    is not exact enough to choose between meshes at the limit. Slices that could not hold the parameters and their
+    moments are passed over without compiling.
     """
     memory = memory_bytes(run.model, run.train)
     for name in SLICES[chip]:
         topology = describe_topology(name)
         if (memory.weights + memory.optimizer) / len(topology.devices) > memory_limit(topology):
             continue
-        plans = list(plans_of(run, topology))
-        if not plans:
-            continue
-        fit = check_fit(min(plans, key=expected_bytes), topology)
-        if fit.fits:
-            return fit
+        for plan in _thriftiest(plans_of(run, topology))[:2]:
+            fit = check_fit(plan, topology)
+            if fit.fits:
+                return fit
     return None
+
+
+def _thriftiest(plans: Iterable[RunConfig]) -> list[RunConfig]:
+    """Of each mesh the plan that needs the least, by count; those that need less first."""
+    of_mesh: dict[MeshConfig, RunConfig] = {}
+    for plan in sorted(plans, key=expected_bytes):
+        of_mesh.setdefault(plan.mesh, plan)
+    return list(of_mesh.values())
+
+
+def fill(
+    results: dict[str, Mapping[str, Any] | None],
+    members: Sequence[Member],
+    chips: Sequence[str],
+    *,
+    again: bool = False,
+    limit: int | None = None,
+) -> Iterator[str]:
+    """Compiles what `results` lacks, one entry at a time, and says of each what it came to.
+
+    Args:
+      results: as for `table`; an entry is in it before it is told.
+      members, chips: whose entries.
+      again: entries that are there are compiled, too, and what is told has the difference.
+      limit: ends after so many.
+    """
+    wanted = [(member, chip) for member in members for chip in chips]
+    wanted = [(member, chip) for member, chip in wanted if again or f"{member.name} {chip}" not in results]
+    for member, chip in wanted[:limit]:
+        key = f"{member.name} {chip}"
+        found = smallest_fit(member.config, chip)
+        now = None if found is None else found.summary()
+        change = _change(results[key], now) if key in results else ""
+        results[key] = now
+        yield f"{member.name}, {chip}: {entry(now)}{change}"
+
+
+def _change(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
+    if before is None or now is None or any(before[key] != now[key] for key in ("topology", "mesh")):
+        return f"; before, {entry(before)}"
+    return f"; {now['peak'] / before['peak']:.3f} times the memory of before"
+
+
+def rows_and_columns(
+    results: Mapping[str, Any], names: Sequence[str], chips: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Members and chips of a table: all that have results, in their order, and those that are asked for."""
+    rows = dict.fromkeys([*(key.rpartition(" ")[0] for key in results), *names])
+    present = {*(key.rpartition(" ")[2] for key in results), *chips}
+    return list(rows), [chip for chip in SLICES if chip in present]
+
+
+def entry(found: Mapping[str, Any] | None) -> str:
+    """A result of `smallest_fit` in words."""
+    if found is None:
+        return "none fits"
+    mesh = " ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
+    return (
+        f"{found['topology']} ({mesh}): {found['peak'] / GIB:.3g} of {found['limit'] / GIB:.3g} GiB; remat "
+        f"{found['remat']}, {found['gradient_accumulation']} micro-batches"
+    )
 
 
 def table(names: Sequence[str], chips: Sequence[str], results: Mapping[str, Mapping[str, Any] | None]) -> str:
@@ -69,20 +130,13 @@ def table(names: Sequence[str], chips: Sequence[str], results: Mapping[str, Mapp
         key = f"{name} {chip}"
         if key not in results:
             return "not compiled yet"
-        entry = results[key]
-        if entry is None:
-            return f"none up to {SLICES[chip][-1]}"
-        mesh = " ".join(f"{axis}={size}" for axis, size in entry["mesh"].items()) or "one device"
-        return (
-            f"{entry['topology']} ({mesh}): {entry['peak'] / GIB:.3g} of {entry['limit'] / GIB:.3g} GiB; remat "
-            f"{entry['remat']}, {entry['gradient_accumulation']} micro-batches"
-        )
+        return f"none up to {SLICES[chip][-1]}" if results[key] is None else entry(results[key])
 
     written = ", ".join(f"{package} {version}" for package, version in versions().items())
     lines = [
         "# Where each member fits",
         "",
-        "The smallest slice of each chip on which the member's train step fits with its thriftiest plan, as compiled "
+        "The smallest slice of each chip on which the member's train step fits with a thrifty plan, as compiled "
         f"by `python -m experiments.fit_table` with {written}. Compile-time figures: nothing was run.",
         "",
         f"| member | {' | '.join(chips)} |",

@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -96,3 +98,21 @@ def test_inspect_shows_rows_with_their_weights():
     assert "knowledge, train row 0 of" in ran.stdout
     assert "  starts with 'R'\n  weight 0.1  '" in ran.stdout
     assert "<end>'\n  padding     4\n" in ran.stdout
+
+
+def test_a_tokenization_that_is_stopped_says_that_it_goes_on(tmp_path):
+    (tmp_path / "raw.jsonl").write_text('{"text": "a short document"}\n' * 400_000)
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "experiments.data", "tokenize", f"--inputs={tmp_path}/raw.jsonl", "--tokenizer=bytes",
+            f"--output={tmp_path}/out", "--shard_tokens=1", "--processes=2",
+        ],
+        cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(tmp_path.glob("out/*.npz")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert said == f"stopped; whole shards are kept. The same command goes on there ({tmp_path}/out).\n"
+    assert not (tmp_path / "out" / "corpus.json").exists()

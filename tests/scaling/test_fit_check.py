@@ -10,11 +10,11 @@ import pytest
 from experiments.flags import load_config
 from jaxmoe.config import ConfigError, MeshConfig
 from jaxmoe.models import preset
-from jaxmoe.scaling import Study, fit_search
+from jaxmoe.scaling import Study, fit_search, fit_table
 from jaxmoe.scaling.fit import Fit, StepTime, _parsed_bytes, _refused, check_fit, memory_limit
 from jaxmoe.scaling.fit_report import describe_fit
 from jaxmoe.scaling.fit_search import expected_bytes, expected_seconds, plans_of
-from jaxmoe.scaling.fit_table import smallest_fit, table, versions
+from jaxmoe.scaling.fit_table import fill, rows_and_columns, smallest_fit, table, versions
 from jaxmoe.scaling.topologies import GIB, describe_topology
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -245,6 +245,44 @@ def test_the_smallest_slice_is_found_by_compiling():
     run = small(member("d512-E8-k2"))
     fit = smallest_fit(run, "v5e")
     assert (fit.topology, fit.fits) == ("v5e:2x2", True)
+
+
+def test_the_next_mesh_is_tried_where_the_thriftiest_plan_does_not_fit(monkeypatch):
+    """The count is not exact enough at the limit: d2048-E16-k16 fits on two H100s with the second mesh alone."""
+    run, limit = member("d512-E8-k2"), 31 * GIB
+    check, compiled = compiled_as(1.0, 1.0, limit)
+
+    def check_but_first(plan, topology):
+        fit = check(plan, topology)
+        return fit if len(compiled) > 1 else dataclasses.replace(fit, fits=False)
+
+    monkeypatch.setattr(fit_table, "check_fit", check_but_first)
+    topology_of("v6e:2x2")
+    found = smallest_fit(run, "v6e")
+    assert (found.topology, found.fits, len(compiled)) == ("v6e:2x2", True, 2)
+    assert compiled[0].mesh != compiled[1].mesh
+    assert expected_bytes(compiled[0]) <= expected_bytes(compiled[1])
+
+
+def test_a_table_is_filled_and_entries_are_compared_with_those_before(monkeypatch):
+    check, _ = compiled_as(1.0, 1.0, 31 * GIB)
+    monkeypatch.setattr(fit_table, "check_fit", lambda *plan: dataclasses.replace(check(*plan), estimate=None))
+    members = Study.from_config_dict(load_config("paper_math.py:d512-E8-k2+d512-E16-k2")).members
+    topology_of("v6e:2x2")
+    results = {}
+    assert len(list(fill(results, members, ["v6e"], limit=1))) == 1
+    (first,) = results
+    results[first] = {**results[first], "peak": 2 * results[first]["peak"]}
+    (said,) = fill(results, members, ["v6e"])
+    assert said.startswith(f"{members[1].name}, v6e: v6e:2x2 (")
+    again, more = fill(results, members, ["v6e"], again=True)
+    assert again.endswith("; 0.500 times the memory of before")
+    assert more.endswith("; 1.000 times the memory of before")
+    results[first] = None
+    again, _ = fill(results, members, ["v6e"], again=True)
+    assert again.endswith("; before, none fits")
+    names = [member.name for member in members]
+    assert rows_and_columns(results, ["other"], ["h100"]) == ([*names, "other"], ["v6e", "h100"])
 
 
 def test_versions_do_not_depend_on_the_compilers_used_before():
