@@ -82,6 +82,9 @@ _GKE = {
     "queue": flags.DEFINE_string("gke.queue", None, "gke: Kueue's queue (jaxmoe)."),
     "service_account": flags.DEFINE_string("gke.service_account", None, "gke: that may write to the bucket."),
     "grace_seconds": flags.DEFINE_integer("gke.grace_seconds", None, "gke: between SIGTERM and SIGKILL (300)."),
+    "lost_hosts": flags.DEFINE_integer(
+        "gke.lost_hosts", None, "gke: hosts that a member of several may lose without notice (10).", lower_bound=0
+    ),
     "cluster": flags.DEFINE_string("gke.cluster", None, "gke: for the xpk commands."),
     "project": flags.DEFINE_string("gke.project", None, "gke: for the xpk commands."),
     "zone": flags.DEFINE_string("gke.zone", None, "gke: for the xpk commands."),

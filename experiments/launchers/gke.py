@@ -44,6 +44,7 @@ class GkeOptions:
       namespace, queue: Kubernetes namespace, and Kueue's LocalQueue in it.
       service_account: that may write to the bucket; None: the namespace's default.
       grace_seconds: between SIGTERM and SIGKILL; a checkpoint must fit.
+      lost_hosts: how many a member of several hosts may lose without notice.
       cluster, project, zone: for the xpk command.
     """
 
@@ -54,6 +55,7 @@ class GkeOptions:
     queue: str = "jaxmoe"
     service_account: str | None = None
     grace_seconds: int = 300
+    lost_hosts: int = 10
     cluster: str | None = None
     project: str | None = None
     zone: str | None = None
@@ -77,16 +79,18 @@ def jobset(job: Job, name: str, study: str, options: GkeOptions, retries: int) -
     """The JobSet of a member.
 
     All hosts start again together, from the last checkpoint: without end after a preemption (exit status 75, or an
-    eviction) or when a host of several is lost (134, by which JAX's runtime ends the others), `retries` times after a
-    failure, and not at all after a mistake in the configuration (2).
+    eviction), `retries` times after anything else, and not at all after a mistake in the configuration (2). When a host
+    of several is lost without notice, JAX's runtime aborts the others (134), as a program does that is broken: JobSet
+    has one count for all that may be either, so several hosts get `options.lost_hosts` restarts more.
     """
     where = options.slice
+    several = options.slices * where.hosts > 1
     exits = [
         {
             "action": "FailJob",
             "onExitCodes": {"containerName": _CONTAINER, "operator": "In", "values": [status]},
         }
-        for status in (MISTAKE, *_start_again(options))
+        for status in (MISTAKE, PREEMPTED)
     ]
     pod = {
         "restartPolicy": "Never",
@@ -120,7 +124,7 @@ def jobset(job: Job, name: str, study: str, options: GkeOptions, retries: int) -
         },
         "spec": {
             "failurePolicy": {
-                "maxRestarts": retries,
+                "maxRestarts": retries + (options.lost_hosts if several else 0),
                 "rules": [
                     {
                         "name": "mistake",
@@ -208,11 +212,12 @@ def xpk_command(job: Job, name: str, options: GkeOptions) -> list[str] | None:
     if options.slice.xpk_type is None or options.cluster is None:
         return None
     where = [f"--{key}={value}" for key in ("project", "zone") if (value := getattr(options, key))]
+    again = (FAILED, PREEMPTED, ABORTED)
     return [
         "xpk", "workload", "create", f"--workload={name}", f"--cluster={options.cluster}", *where,
         f"--tpu-type={options.slice.xpk_type}", f"--num-slices={options.slices}",
         f"--docker-image={options.image}", f"--max-restarts={_XPK_RESTARTS}",
-        f"--restart-on-exit-codes={','.join(map(str, (FAILED, *_start_again(options))))}",
+        f"--restart-on-exit-codes={','.join(map(str, again))}",
         f"--termination-grace-period-seconds={options.grace_seconds}",
         f"--command={shlex.join(['python', '-m', 'experiments.run', *job.arguments])}",
     ]  # fmt: skip
@@ -267,11 +272,6 @@ def cancel(study: str, namespace: str, apply: bool, note: Callable[[str], None])
         _kubectl(command)
     else:
         note(f"stop the members with\n{shlex.join(command)}")
-
-
-def _start_again(options: GkeOptions) -> tuple[int, ...]:
-    """Exit statuses after which a member is started again without that counting as a failure."""
-    return (PREEMPTED, ABORTED) if options.slices * options.slice.hosts > 1 else (PREEMPTED,)
 
 
 def _node_labels(where: Slice) -> dict[str, str]:

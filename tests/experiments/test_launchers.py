@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -234,7 +235,7 @@ def test_a_jobset_has_what_gke_and_jobset_read():
         },
     }
     assert manifest["spec"]["failurePolicy"] == {
-        "maxRestarts": 3,
+        "maxRestarts": 3 + 10,
         "rules": [
             {
                 "name": "mistake",
@@ -254,14 +255,13 @@ def test_a_jobset_has_what_gke_and_jobset_read():
     spec = replicated["template"]["spec"]
     assert (spec["parallelism"], spec["completions"], spec["completionMode"]) == (16, 16, "Indexed")
     assert spec["backoffLimit"] == 0
-    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["FailJob"] * 4
+    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["FailJob"] * 3
     assert [rule.get("onExitCodes") for rule in spec["podFailurePolicy"]["rules"]] == [
         {"containerName": "train", "operator": "In", "values": [2]},
         {"containerName": "train", "operator": "In", "values": [75]},
-        {"containerName": "train", "operator": "In", "values": [134]},
         None,
     ]
-    assert spec["podFailurePolicy"]["rules"][3]["onPodConditions"] == [{"type": "DisruptionTarget"}]
+    assert spec["podFailurePolicy"]["rules"][2]["onPodConditions"] == [{"type": "DisruptionTarget"}]
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never", "podFailurePolicy demands it"
     assert pod["terminationGracePeriodSeconds"] == 300
@@ -281,7 +281,36 @@ def test_a_slice_of_one_host_shares_its_node_pool():
     assert "alpha.jobset.sigs.k8s.io/exclusive-topology" not in manifest["metadata"]["annotations"]
     spec = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert spec["parallelism"] == 1
-    assert len(spec["podFailurePolicy"]["rules"]) == 3, "its own abort is a failure"
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 0, "there is no other host to lose"
+
+
+def test_only_a_preemption_is_started_again_without_end():
+    """As JobSet and the Job controller read the manifest: the rule that each end of a pod meets first.
+
+    A host that aborts is one of several whose neighbour is lost, or runs a broken program: both are counted.
+    """
+    spec = gke.jobset(E8, "study-e8", "study", options(lost_hosts=5), retries=2)["spec"]
+    pod_rules = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+
+    def after(status, evicted=False):
+        met = [
+            rule
+            for rule in pod_rules
+            if status in rule.get("onExitCodes", {"values": []})["values"] or (evicted and "onPodConditions" in rule)
+        ]
+        reason = "PodFailurePolicy" if met else "BackoffLimitExceeded"
+        message = f"Container train for pod a/b failed with exit code {status} matching FailJob rule at index 0"
+        for rule in spec["failurePolicy"]["rules"]:
+            patterns = rule.get("onJobFailureMessagePatterns", [""])
+            if reason in rule["onJobFailureReasons"] and any(re.search(one, message) for one in patterns):
+                return rule["action"]
+        return "counted"
+
+    assert {status: after(status) for status in (1, 2, 75, 134, 137)} == {
+        1: "counted", 2: "FailJobSet", 75: "RestartJobSetAndIgnoreMaxRestarts", 134: "counted", 137: "counted",
+    }  # fmt: skip
+    assert after(137, evicted=True) == "RestartJobSetAndIgnoreMaxRestarts"
+    assert spec["failurePolicy"]["maxRestarts"] == 2 + 5
 
 
 def test_kueue_has_room_for_as_many_members_as_run_at_a_time():
