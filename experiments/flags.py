@@ -29,6 +29,24 @@ from ml_collections import config_flags
 
 from jaxmoe.config import SOURCE_KINDS, ConfigError, DataConfig, GRPOConfig, RunConfig, nearest
 
+
+class _FloatOrNone(flags.FloatParser):
+    """Reads numbers, and `None`, by which many a key is switched off."""
+
+    def parse(self, argument: str) -> float | None:
+        return None if argument == "None" else super().parse(argument)
+
+
+class _IntegerOrNone(flags.IntegerParser):
+    """The same of whole numbers."""
+
+    def parse(self, argument: str) -> int | None:
+        return None if argument == "None" else super().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(float, _FloatOrNone())
+config_flags.register_flag_parser_for_type(int, _IntegerOrNone())
+
 HELP = {"--help", "-h", "--helpfull", "--helpshort", "-help"}
 _PACKAGED = pathlib.Path(__file__).parent / "configs"
 

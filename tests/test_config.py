@@ -77,7 +77,7 @@ def test_json_round_trip_is_equal_and_hashes_equal():
         ({"model__width": "64"}, "model.width='64' is a str; int is needed"),
         ({"model__remat": "all"}, "model.remat='all'; choose one of 'none', 'full', 'dots'"),
         ({"train__batch_size": 0}, "train: batch_size=0; it must be positive"),
-        ({"train__gradient_accumulation": 3}, "batch_size=8 is not divisible by gradient_accumulation=3"),
+        ({"train__gradient_accumulation": 3}, "train.batch_size=8 is not divisible by train.gradient_accumulation=3"),
         ({"train__warmup_steps": 11}, "warmup_steps=11 is more than steps=10"),
         ({"train__learning_rate": float("nan")}, "train.learning_rate=nan is not finite"),
         ({"train__sequence_length": 5000}, "train.sequence_length=5000 exceeds model.max_sequence_length=4096"),
@@ -172,11 +172,11 @@ def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_do():
     """Experts, heads, batch and sequence: the numbers, the sizes of the axes and of the model that would fit."""
     told = mesh_error(MeshConfig(fsdp=1, expert=4))
     assert "num_experts=6" in told
-    assert "expert x tensor = 3 or 6, or num_experts = 4 or 8" in told
-    assert "tensor = 2 or 4, or num_heads = 3 or 6" in mesh_error(MeshConfig(fsdp=1, tensor=3))
+    assert "expert x tensor = 2, or num_experts = 4 or 8" in told, "3 and 6 would not divide 4 devices"
+    assert "tensor = 2 or 4, or num_heads = 3 or 6" in mesh_error(MeshConfig(data=4, fsdp=1, tensor=3))
     assert "num_kv_heads=1" in mesh_error(MeshConfig(fsdp=1, tensor=2), num_kv_heads=1)
     assert "data x fsdp x expert = 8, or batch_size = 16" in mesh_error(MeshConfig(data=16, fsdp=1))
-    assert "context x tensor = 2 or 4" in mesh_error(MeshConfig(fsdp=1, context=3))
+    assert "context x tensor = 2 or 4" in mesh_error(MeshConfig(fsdp=1, context=3, data=4))
     assert "context=16 devices; choose a multiple of 32" in mesh_error(MeshConfig(fsdp=1, context=16))
 
 
@@ -184,7 +184,8 @@ def test_micro_batches_are_what_a_mesh_divides():
     train = TrainConfig(steps=1, batch_size=8, sequence_length=16, gradient_accumulation=2)
     model = ModelConfig(vocab_size=96, width=32, num_layers=1, num_heads=4, dense_hidden=8)
     check_mesh(MeshConfig(fsdp=4), model, train)
-    with pytest.raises(ConfigError, match="batch_size / gradient_accumulation=4 cannot be divided"):
+    told = "batch_size / gradient_accumulation = 8 / 2 = 4 cannot be divided .* gradient_accumulation = 8"
+    with pytest.raises(ConfigError, match=told):
         check_mesh(MeshConfig(fsdp=8), model, train)
 
 
@@ -192,8 +193,10 @@ def test_an_open_axis_is_what_is_left_of_the_devices():
     assert MeshConfig(expert=4).resolved(16).fsdp == 4
     with pytest.raises(ConfigError, match="multiply to 2 or 4"):
         MeshConfig(expert=3).resolved(8)
-    with pytest.raises(ConfigError, match="makes 4 devices, and there are 8"):
+    with pytest.raises(ConfigError, match="makes 4 devices, and there are 8; what fits: fsdp=8, or fsdp=-1"):
         MeshConfig(fsdp=4).resolved(8)
+    with pytest.raises(ConfigError, match="makes 6 devices, and there are 8; what fits: expert=4, or fsdp=-1"):
+        MeshConfig(fsdp=2, expert=3).resolved(8)
 
 
 def test_meshes_are_written_as_presets_and_sizes():

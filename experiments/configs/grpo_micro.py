@@ -17,6 +17,7 @@ cores that others used, too.
 
 import ml_collections
 
+from experiments.configs import quickstart
 from jaxmoe.config import ConfigError
 
 STAGES = ("grpo", "pretrain")
@@ -36,21 +37,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     }
     config.seeds = (0,)
 
-    config.model = {
-        "vocab_size": 288,
-        "width": 64,
-        "num_layers": 2,
-        "num_heads": 4,
-        "max_sequence_length": 32,
-        "init_std": 0.1,
-        "moe": {
-            "num_experts": 8,
-            "experts_per_token": 2,
-            "expert_hidden": 64,
-            "load_balance_coefficient": 0.01,
-            "router_z_coefficient": 0.0,
-        },
-    }
+    config.model = quickstart.get_config().model
     config.data = {
         "tokenizer": "symbols",
         "sources": {
@@ -60,15 +47,8 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     }
     config.evaluation = {"points": 5, "examples": 1024}
     if stage == "pretrain":
-        config.train = {
-            "batch_size": 128,
-            "sequence_length": 16,
-            "learning_rate": 6e-3,
-            "warmup_steps": 50,
-            "final_learning_rate_fraction": 0.05,
-            "beta2": 0.98,
-            "weight_decay": 0.05,
-        }
+        config.train = quickstart.get_config().train
+        config.train.warmup_steps = 50
     else:
         config.start_from = "runs/grpo_micro_start/{member}"
         config.train = {

@@ -73,9 +73,12 @@ class MeshConfig:
                     f"multiply to {_nearest_divisors(devices, known)}.",
                 )
                 return dataclasses.replace(self, **{axis: devices // known})
+        others = {axis: known // size for axis, size in self.shape.items() if size > 1}
+        fitting = [f"{axis}={devices // other}" for axis, other in others.items() if devices % other == 0]
         require(
             known == devices,
-            f"mesh: {written} makes {known} devices, and there are {devices}; give one axis -1 for what is left.",
+            f"mesh: {written} makes {known} devices, and there are {devices}; what fits: "
+            f"{', or '.join([*fitting, 'fsdp=-1 for what is left'])}.",
         )
         return self
 
@@ -142,24 +145,29 @@ def check_mesh(
         f"each of context={mesh.context} devices; choose a multiple of {chunks}.",
     )
     parts = ("data", "fsdp", "expert")
-    rows, name = train.batch_size, "batch_size"
+    rows, name, worked_out = train.batch_size, "batch_size", ""
     if grpo is not None:
         rows, name = grpo.responses_per_update(train), "batch_size x group_size / updates_per_step"
+        worked_out = f"{train.batch_size} x {grpo.group_size} / {grpo.updates_per_step} = "
     if train.gradient_accumulation > 1:
-        rows, name = rows // train.gradient_accumulation, f"{name} / gradient_accumulation"
-    _check_divides(rows, name, mesh, *parts)
+        name = f"{name} / gradient_accumulation"
+        worked_out = f"{worked_out.removesuffix(' = ') or rows} / {train.gradient_accumulation} = "
+        rows //= train.gradient_accumulation
+    _check_divides(rows, name, mesh, *parts, worked_out=worked_out)
 
 
-def _check_divides(number: int, name: str, mesh: MeshConfig, *axes: str) -> None:
+def _check_divides(number: int, name: str, mesh: MeshConfig, *axes: str, worked_out: str = "") -> None:
+    """Checks that a number is a multiple of the axes' product; `worked_out` says where it comes from, `8 / 2 = `."""
     devices = math.prod(mesh.shape[axis] for axis in axes)
     if number % devices == 0:
         return
     written = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
     product = f"{written} = {devices}" if len(axes) > 1 else written
     below, above = number // devices * devices, -(-number // devices) * devices
+    fitting = math.gcd(number, math.prod(mesh.shape.values()))  # an axis divides the devices, too
     raise ConfigError(
-        f"mesh: {name}={number} cannot be divided among {product} devices. The nearest that fit: "
-        f"{' x '.join(axes)} = {_nearest_divisors(number, devices)}, or {name} = "
+        f"mesh: {name}{f' = {worked_out}' if worked_out else '='}{number} cannot be divided among {product} devices. "
+        f"The nearest that fit: {' x '.join(axes)} = {_nearest_divisors(fitting, devices)}, or {name} = "
         f"{f'{below} or ' if below else ''}{above}."
     )
 

@@ -107,10 +107,6 @@ class TrainConfig:
             self, "warmup_steps", "final_learning_rate_fraction", "weight_decay", "keep_best", "max_missed_saves"
         )
         require(
-            self.batch_size % self.gradient_accumulation == 0,
-            f"batch_size={self.batch_size} is not divisible by gradient_accumulation={self.gradient_accumulation}.",
-        )
-        require(
             self.warmup_steps <= self.steps,
             f"warmup_steps={self.warmup_steps} is more than steps={self.steps}.",
         )
@@ -304,6 +300,17 @@ class RunConfig:
         require(self.start_from != "", "start_from is empty; name a run directory, or leave it out.")
         if self.grpo is not None:
             check_grpo(self)
+        else:
+            require(
+                self.train.batch_size % self.train.gradient_accumulation == 0,
+                f"train.batch_size={self.train.batch_size} is not divisible by train.gradient_accumulation="
+                f"{self.train.gradient_accumulation}.",
+            )
+
+    @property
+    def rows_per_update(self) -> int:
+        """Rows of an optimizer update: B, or under GRPO the responses that it learns from."""
+        return self.train.batch_size if self.grpo is None else self.grpo.responses_per_update(self.train)
 
     @property
     def tokens_per_step(self) -> int:

@@ -89,9 +89,12 @@ class Router(nnx.Module):
     Args:
       width: D.
       num_experts: E.
-      experts_per_token: K.
+      experts_per_token: K, at most E.
       score_order, renormalize, routed_scaling, router_dtype: as in `jaxmoe.config.MoEConfig`.
       init_std: of the weights.
+
+    Raises:
+      ValueError: K is not in 1..E.
     """
 
     def __init__(
@@ -107,6 +110,11 @@ class Router(nnx.Module):
         init_std: float = 0.02,
         rngs: nnx.Rngs,
     ):
+        if not 1 <= experts_per_token <= num_experts:
+            raise ValueError(
+                f"experts_per_token={experts_per_token} but the layer has {num_experts} experts; choose "
+                f"experts_per_token in 1..{num_experts}."
+            )
         self.experts_per_token = experts_per_token
         self.kept_softmax = score_order == "topk_then_softmax" or renormalize
         self.routed_scaling = routed_scaling

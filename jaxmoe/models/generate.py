@@ -94,8 +94,9 @@ def generate(
       The new tokens. All of it runs under `jax.jit` (everything after prompt_lengths static, but key).
 
     Raises:
-      ValueError: a prompt and its continuation do not fit the model, a sampling argument is out of range, or,
-        where the values are known (outside jit), so is a prompt's length.
+      ValueError: a prompt and its continuation do not fit the model, a sampling argument is out of range, the key
+        is an old-style one or their number is wrong, or, where the values are known (outside jit), a prompt's length
+        is out of range.
     """
     how = {"temperature": temperature, "top_p": top_p, "stop_token": stop_token, "pad_token": pad_token}
     decoding = start_decoding(
@@ -129,6 +130,8 @@ def start_decoding(
     if temperature > 0.0 and key is None:
         raise ValueError(f"temperature={temperature} samples; give key=jax.random.key(seed).")
     batch, width = prompts.shape
+    if key is not None:
+        _check_key(key, batch * samples)
     length, limit = width + max_new_tokens, model.config.max_sequence_length
     if length > limit:
         raise ValueError(
@@ -199,6 +202,16 @@ def _emit(
         tokens=jax.lax.dynamic_update_index_in_dim(decoding.tokens, token, decoding.step, axis=1),
         done=decoding.done if stop_token is None else decoding.done | (token == stop_token),
     )
+
+
+def _check_key(key: Array, rows: int) -> None:
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"key is an array of {key.dtype}, as jax.random.PRNGKey makes; give jax.random.key(seed), or "
+            "jax.random.wrap_key_data(key)."
+        )
+    if key.shape not in ((), (rows,)):
+        raise ValueError(f"key has shape {key.shape}; give one key, or ({rows},), one for each row of the result.")
 
 
 def _prompt_lengths(lengths: Array | Sequence[int], batch: int, width: int) -> Int[Array, " B"]:

@@ -5,7 +5,6 @@ U updates, M micro-batches, B responses, S sequence.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from jaxmoe.models import Decoder, dropless
 from jaxmoe.post_training.loss import Rows, log_probabilities, response_loss
 from jaxmoe.sharding import Partitioning, use_partitioning
 from jaxmoe.training import TrainState, learning_rate_schedule, make_optimizer
-from jaxmoe.training.state import abstract_shardings, model_graph, relevant_to_step
+from jaxmoe.training.state import abstract_shardings, keep_unless, model_graph, relevant_to_step
 from jaxmoe.training.step import step_options
 
 Metrics = dict[str, Array]
@@ -111,8 +110,7 @@ def _updates(
             accept &= router.overflowed.sum() == 0
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, opt_state, params, step=number, accept=accept)
-            changed = optax.apply_updates(params, updates)
-            params = jax.tree.map(lambda new, old: jnp.where(accept, new, old), changed, params)
+            params = keep_unless(accept, optax.apply_updates(params, updates), params)
         return (params, opt_state), (loss, grad_norm, sums, router, accept)
 
     def updates(state: TrainState, rows: Rows) -> tuple[TrainState, Metrics]:
@@ -120,15 +118,7 @@ def _updates(
         (params, opt_state), (losses, norms, sums, router, accepted) = jax.lax.scan(
             lambda carry, own: update(carry, own, state.others, number), (state.params, state.opt_state), rows
         )
-        bad = 1 - accepted.all().astype(jnp.int32)
-        following = dataclasses.replace(
-            state,
-            step=number,
-            params=params,
-            opt_state=opt_state,
-            skipped=state.skipped + bad,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
-        )
+        following = state.after_step(accepted.all(), params=params, opt_state=opt_state)
         tokens = jnp.maximum(rows.weights.sum(), 1.0)
         metrics = {
             "loss": losses.mean(),

@@ -39,7 +39,8 @@ def search(
     left = list(plans_of(run, topology))
     if not left:
         raise ConfigError(
-            f"no mesh of {len(topology.devices)} devices divides the {_rows(run)} rows of an update and the model."
+            f"no mesh of {len(topology.devices)} devices divides the {run.rows_per_update} rows of an update and the "
+            "model."
         )
     limit = memory_limit(topology)
     fits: list[Fit] = []
@@ -90,7 +91,7 @@ def plans_of(run: RunConfig, topology: Topology) -> Iterator[RunConfig]:
     experts = run.model.moe.num_experts if run.model.num_moe_layers else 1
     for expert in (size for size in _divisors(devices) if experts % size == 0):
         mesh = MeshConfig(data=topology.slices, slices=topology.slices, fsdp=devices // expert, expert=expert)
-        for parts, remat in itertools.product(_divisors(_rows(run)), REMAT):
+        for parts, remat in itertools.product(_divisors(run.rows_per_update), REMAT):
             try:
                 train = dataclasses.replace(run.train, gradient_accumulation=parts)
                 model = dataclasses.replace(run.model, remat=remat)
@@ -110,7 +111,7 @@ def expected_bytes(plan: RunConfig) -> int:
     """
     mesh, model, train = plan.mesh, plan.model, plan.train
     devices = math.prod(mesh.shape.values())
-    rows = max(1, _rows(plan) // train.gradient_accumulation // devices)
+    rows = max(1, plan.rows_per_update // train.gradient_accumulation // devices)
     memory = memory_bytes(model, dataclasses.replace(train, batch_size=rows, gradient_accumulation=1))
     weights = memory.weights * (1 if plan.grpo is None else 2)
     state = (weights + memory.gradients + memory.optimizer) // (mesh.fsdp * mesh.expert)
@@ -133,7 +134,7 @@ def expected_seconds(plan: RunConfig, topology: Topology) -> tuple[float, float]
     """
     mesh, model, train = plan.mesh, plan.model, plan.train
     flops = flops_per_token(model, train.sequence_length)
-    tokens = _rows(plan) * train.sequence_length / len(topology.devices)
+    tokens = plan.rows_per_update * train.sequence_length / len(topology.devices)
     repeated = {"none": 0, "dots": flops.components["experts"] + flops.components["attention"], "full": flops.forward}
     compute = tokens * (flops.training + repeated[model.remat]) / topology.chip.flops
     passes = 1 if model.remat == "none" else 2
@@ -142,11 +143,6 @@ def expected_seconds(plan: RunConfig, topology: Topology) -> tuple[float, float]
         routed = tokens * model.num_moe_layers * model.moe.experts_per_token * model.width * _size(model)
         received += (3 + passes) * (1 - 1 / mesh.expert) * routed
     return compute, received / topology.chip.interconnect
-
-
-def _rows(run: RunConfig) -> int:
-    """Of an optimizer update."""
-    return run.train.batch_size if run.grpo is None else run.grpo.responses_per_update(run.train)
 
 
 def _gathered(plan: RunConfig) -> float:

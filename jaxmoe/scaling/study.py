@@ -44,7 +44,8 @@ class Member:
         from jaxmoe import accounting
 
         model, train = self.config.model, self.config.train
-        memory, count = accounting.memory_bytes(model, train), accounting.parameter_count(model)
+        update = dataclasses.replace(train, batch_size=self.config.rows_per_update)
+        memory, count = accounting.memory_bytes(model, update), accounting.parameter_count(model)
         one_sequence = dataclasses.replace(train, batch_size=1, gradient_accumulation=1)
         return {
             "name": self.name,

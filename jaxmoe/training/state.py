@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmoe.config import ModelConfig, RunConfig, TrainConfig
 from jaxmoe.models import Decoder
@@ -85,6 +85,22 @@ class TrainState:
     skipped_in_a_row: Int[Array, ""]
     recent: RecentSums
     spikes: SpikeHistory | None = None
+
+    def after_step(self, accepted: Bool[Array, ""], **changes: Any) -> TrainState:
+        """The state after one more step, which counts as skipped if it was not accepted; `changes` are made anyway."""
+        skipped = 1 - accepted.astype(jnp.int32)
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            skipped=self.skipped + skipped,
+            skipped_in_a_row=(self.skipped_in_a_row + 1) * skipped,
+            **changes,
+        )
+
+
+def keep_unless(accepted: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """The arrays of `new` if a step is accepted, else those of `old`."""
+    return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, old)
 
 
 @functools.lru_cache(maxsize=16)

@@ -25,7 +25,14 @@ from jaxmoe.sharding import Partitioning, constrain, partitioning_in_use, rows_h
 from jaxmoe.training.optimizer import make_optimizer
 from jaxmoe.training.schedule import learning_rate_schedule
 from jaxmoe.training.spikes import find_spike
-from jaxmoe.training.state import RecentSums, TrainState, abstract_shardings, model_graph, relevant_to_step
+from jaxmoe.training.state import (
+    RecentSums,
+    TrainState,
+    abstract_shardings,
+    keep_unless,
+    model_graph,
+    relevant_to_step,
+)
 from pallas_kernels import compiler_options as kernel_options
 
 Batch = Mapping[str, Any]
@@ -166,18 +173,11 @@ def _compiled_step(
             )
             params = optax.apply_updates(state.params, updates)
 
-        def keep_unless_accepted(new, old):
-            return jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
-
-        bad = 1 - accept.astype(jnp.int32)
-        following = dataclasses.replace(
-            state,
-            step=number,
-            params=keep_unless_accepted(params, state.params),
+        following = state.after_step(
+            accept,
+            params=keep_unless(accept, params, state.params),
             opt_state=opt_state,
-            skipped=state.skipped + bad,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
-            recent=keep_unless_accepted(_add_recent(state.recent, sums), state.recent),
+            recent=keep_unless(accept, _add_recent(state.recent, sums), state.recent),
             spikes=spikes,
         )
         metrics = {

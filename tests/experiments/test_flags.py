@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from experiments.flags import _let_members_override, _refuse_unknown_overrides, find_config_file, load_config
 from jaxmoe.config import ConfigError
@@ -72,6 +74,15 @@ def test_an_unknown_override_names_the_nearest_key(flag, message):
     with pytest.raises(ConfigError) as caught:
         _refuse_unknown_overrides(load_config("quickstart.py"), ["run", flag])
     assert message in str(caught.value)
+
+
+def test_none_switches_off_what_a_number_switches_on():
+    values, argv = flags.FlagValues(), ["run", "--c.train.clip_norm=None", "--c.train.checkpoint_every=None"]
+    holder = config_flags.DEFINE_config_dict("c", load_config("quickstart.py"), flag_values=values, sys_argv=argv)
+    values(argv)
+    study = Study.from_config_dict(holder.value)
+    assert study.member("E2").config.train.clip_norm is None
+    assert config_flags.get_override_values(values["c"]) == {"train.clip_norm": None, "train.checkpoint_every": None}
 
 
 def test_a_path_that_is_not_there_does_not_fall_back_to_a_packaged_file(tmp_path):

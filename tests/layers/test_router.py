@@ -109,6 +109,12 @@ def task_gradient(router, x):
     return nnx.grad(lambda router: jnp.sum(router(x).gate ** 2))(router).weight[...]
 
 
+@pytest.mark.parametrize("k", [0, EXPERTS + 1])
+def test_more_experts_per_token_than_there_are_is_refused(k):
+    with pytest.raises(ValueError, match=rf"experts_per_token={k} but the layer has {EXPERTS} experts; choose .* in 1"):
+        make_router(experts_per_token=k)
+
+
 def test_one_expert_per_token_warns_that_its_gate_is_constant(x):
     with pytest.warns(UserWarning, match="softmax_then_topk"):
         router = make_router(experts_per_token=1)

@@ -110,6 +110,8 @@ def test_nucleus_keeps_the_likeliest_tokens_of_the_given_mass():
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": 1.0}, "give key="),
         ({"top_p": 0.0}, "choose 0 < top_p <= 1"),
+        ({"temperature": 1.0, "key": jax.random.PRNGKey(0)}, r"array of uint32.*give jax.random.key\(seed\)"),
+        ({"temperature": 1.0, "key": jax.random.split(jax.random.key(0), 2)}, r"key has shape \(2,\).*\(3,\)"),
     ],
 )
 def test_misuse_is_an_error_in_the_users_terms(moe_model, change, message):

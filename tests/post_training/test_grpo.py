@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmoe.accounting import memory_bytes
 from jaxmoe.config import (
     ConfigError,
     GRPOConfig,
@@ -23,6 +24,7 @@ from jaxmoe.post_training import GRPO, Prompts
 from jaxmoe.post_training.grpo import response_rows
 from jaxmoe.post_training.prompts import prompts_of
 from jaxmoe.post_training.rollout import Response, Sampling, respond
+from jaxmoe.scaling import Member
 from jaxmoe.training import StopRequest, check_start, init_state, train
 from jaxmoe.training.start import started_state
 
@@ -210,6 +212,16 @@ def test_a_start_of_another_model_a_missing_one_and_one_without_checkpoint_are_r
 def test_a_run_that_does_not_fit_its_rollouts_is_refused(grpo_run, changes, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(grpo_run, **changes)
+
+
+def test_responses_are_what_accumulation_divides(grpo_run):
+    """4 prompts of 5 responses in 2 updates: 10 rows, in 5 micro-batches that would not divide the prompts."""
+    train = TrainConfig(steps=1, batch_size=4, sequence_length=12, gradient_accumulation=5)
+    run = dataclasses.replace(grpo_run, train=train)
+    assert run.rows_per_update == 10
+    member = Member(name="grpo", arm="grpo", slices=("main",), seed=0, config=run)
+    two_rows = dataclasses.replace(train, batch_size=2, gradient_accumulation=1)
+    assert member.summary()["memory_bytes"] == memory_bytes(run.model, two_rows).total
 
 
 def test_sources_without_prompts_may_be_evaluated_and_not_trained_on(grpo_run):

@@ -276,6 +276,7 @@ def test_unfinished_write_is_ignored(tiny_run, directory):
     with Checkpoints(directory, Retention(3)) as checkpoints:
         assert checkpoints.last_step == 2
         assert checkpoints.restore(init_state(tiny_run)[1]).step == 2
+    assert {path.name for path in directory.iterdir() if path.is_dir()} == {"1", "2"}, "it is cleared away"
 
 
 def test_none_readable_is_an_error_and_nothing_is_deleted(tiny_run, directory):

@@ -13,8 +13,9 @@ import pytest
 from jaxmoe.config import to_dict
 
 _PROGRAM = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading, time
 sys.modules["tensorboardX"] = None
+import jax
 from experiments.flags import leave
 from jaxmoe.config import RunConfig, from_dict
 from jaxmoe.training import ProgressReporter, StopRequest, train
@@ -26,8 +27,17 @@ class Signalling(ProgressReporter):
         super().advance(step, *args, **kwargs)
         if step == at:
             os.kill(os.getpid(), signal.SIGTERM)
-            if again_in_save:
+            if again == "in a save":
                 os.rename = terminate_instead
+            if again == "in a device":
+                stuck = jax.jit(lambda x: jax.pure_callback(terminate_and_hang, x, x))
+                jax.block_until_ready(stuck(jax.numpy.zeros(())))
+
+def terminate_and_hang(array):
+    \"\"\"What a device computes that never answers; the second signal comes meanwhile.\"\"\"
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    while True:
+        time.sleep(1)
 
 complete = os.rename
 
@@ -40,7 +50,7 @@ def terminate_instead(source, target):
         time.sleep(1)
 
 run = from_dict(RunConfig, json.loads(sys.argv[1]))
-at, again_in_save = json.loads(sys.argv[3])
+at, again = json.loads(sys.argv[3])
 with StopRequest(second="exit") as stop:
     result = train(run, sys.argv[2], progress=Signalling(terminal=False), stop=stop)
 print(json.dumps({"status": result.status, "step": result.step, "loss": result.loss}))
@@ -55,9 +65,9 @@ def start(tiny_run, replace_train):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _PROGRAM, json.dumps(to_dict(run))]
 
-    def start(directory, at=None, again_in_save=False) -> subprocess.Popen:
+    def start(directory, at=None, again=None) -> subprocess.Popen:
         return subprocess.Popen(
-            [*command, str(directory), json.dumps([at, again_in_save])],
+            [*command, str(directory), json.dumps([at, again])],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -94,7 +104,7 @@ def test_terminated_is_resumable(start, undisturbed, tmp_path):
 
 def test_a_second_signal_exits_at_once_and_loses_nothing_that_was_finished(start, undisturbed, tmp_path):
     """It comes while the checkpoint that the first one asked for is being written, and storage hangs."""
-    process = start(tmp_path, at=50, again_in_save=True)
+    process = start(tmp_path, at=50, again="in a save")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 75, err
     assert "stopped at once by a second signal (SIGTERM)" in err
@@ -104,3 +114,12 @@ def test_a_second_signal_exits_at_once_and_loses_nothing_that_was_finished(start
     assert lines_written(tmp_path) >= 50
     assert finish(start(tmp_path)) == undisturbed[0]
     assert (tmp_path / "metrics.jsonl").read_bytes() == undisturbed[1]
+
+
+def test_a_second_signal_is_heard_while_a_device_hangs(start, tmp_path):
+    """The main thread waits in compiled code, where no handler of Python's runs."""
+    process = start(tmp_path, at=30, again="in a device")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 75, err
+    assert "stopped at once by a second signal (SIGTERM)" in err
+    assert lines_written(tmp_path) >= 29

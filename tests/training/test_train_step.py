@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -126,6 +127,20 @@ def test_non_finite_step_changes_nothing_but_the_counters(tiny_run, tiny_batches
     assert int(metrics["skipped"]) == 2
     assert int(metrics["skipped_in_a_row"]) == 0
     assert np.isfinite(metrics["loss"])
+
+
+def test_a_gradient_that_overflows_beside_a_finite_loss_changes_nothing(tiny_run, tiny_batches, copied):
+    """The head is zero, so that every token is as likely; its gradient is that of huge inputs."""
+    _, state = init_state(tiny_run)
+    state.params["output"][...] = jnp.zeros_like(state.params["output"][...])
+    state.params["final_norm"]["scale"][...] = jnp.full_like(state.params["final_norm"]["scale"][...], 1e37)
+    before = copied(state)
+    after, metrics = make_train_step(tiny_run.model, tiny_run.train, 2)(state, tiny_batches[0])
+    assert metrics["loss"] == pytest.approx(np.log(tiny_run.model.vocab_size), rel=1e-5)
+    assert np.isinf(metrics["grad_norm"])
+    assert int(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, before.params, copied(after).params)
+    jax.tree.map(np.testing.assert_array_equal, before.opt_state, copied(after).opt_state)
 
 
 def test_recent_sums_add_up_over_steps(tiny_run, tiny_batches):
