@@ -77,6 +77,7 @@ def test_json_round_trip_is_equal_and_hashes_equal():
         ({"model__width": "64"}, "model.width='64' is a str; int is needed"),
         ({"model__remat": "all"}, "model.remat='all'; choose one of 'none', 'full', 'dots'"),
         ({"train__batch_size": 0}, "train: batch_size=0; it must be positive"),
+        ({"train__watchdog_minutes": 0.0}, "watchdog_minutes=0.0; it must be positive, or None"),
         ({"train__gradient_accumulation": 3}, "train.batch_size=8 is not divisible by train.gradient_accumulation=3"),
         ({"train__warmup_steps": 11}, "warmup_steps=11 is more than steps=10"),
         ({"train__learning_rate": float("nan")}, "train.learning_rate=nan is not finite"),

@@ -26,6 +26,13 @@ def require_positive(owner: object, *names: str) -> None:
         require(value > 0, f"{name}={value}; it must be positive.")
 
 
+def require_positive_or_none(owner: object, *names: str) -> None:
+    """Raises ConfigError for the first of the attributes that is neither > 0 nor None."""
+    for name in names:
+        value = getattr(owner, name)
+        require(value is None or value > 0, f"{name}={value}; it must be positive, or None.")
+
+
 def require_non_negative(owner: object, *names: str) -> None:
     """Raises ConfigError for the first of the attributes that is < 0."""
     for name in names:

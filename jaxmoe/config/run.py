@@ -10,7 +10,14 @@ import math
 from typing import ClassVar, Literal
 
 from jaxmoe.config.data import DataConfig
-from jaxmoe.config.errors import nearest, require, require_declared, require_non_negative, require_positive
+from jaxmoe.config.errors import (
+    nearest,
+    require,
+    require_declared,
+    require_non_negative,
+    require_positive,
+    require_positive_or_none,
+)
 from jaxmoe.config.grpo import GRPOConfig, check_grpo
 from jaxmoe.config.mesh import MeshConfig
 from jaxmoe.config.model import ModelConfig
@@ -114,9 +121,9 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}={value}; choose 0 <= {name} < 1.")
-        for name in ("checkpoint_every", "checkpoint_every_minutes", "keep_every"):
-            if getattr(self, name) is not None:
-                require_positive(self, name)
+        require_positive_or_none(
+            self, "checkpoint_every", "checkpoint_every_minutes", "keep_every", "clip_norm", "watchdog_minutes"
+        )
         if self.keep_every is not None:
             require(
                 self.keep_every % self.checkpoint_interval == 0,
@@ -132,10 +139,6 @@ class TrainConfig:
             f"best_metric={self.best_metric!r}; choose 'training_loss' or EVALUATION/SOURCE/SPLIT/FIELD, such as "
             "'task/reasoning/test/accuracy'.",
         )
-        if self.clip_norm is not None:
-            require_positive(self, "clip_norm")
-        if self.watchdog_minutes is not None:
-            require_positive(self, "watchdog_minutes")
         require(
             2 <= self.spike_window <= _LONGEST_SPIKE_WINDOW,
             f"spike_window={self.spike_window}; choose 2 <= spike_window <= {_LONGEST_SPIKE_WINDOW}.",

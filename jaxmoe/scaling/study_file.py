@@ -12,7 +12,7 @@ from etils import epath
 from jaxmoe.config import ConfigError
 from jaxmoe.exclusive import one_at_a_time
 from jaxmoe.scaling.study import HEADLINE_SLICE, Study
-from jaxmoe.storage import read_json, write_json
+from jaxmoe.storage import is_remote, read_json, write_json
 
 STUDY_FILE = "study.json"
 _LOCK_FILE = ".study.lock"
@@ -49,7 +49,8 @@ def check_writable(workdir: epath.Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be written to: {error}.") from error
+        why = "there is no such bucket" if is_remote(workdir) and isinstance(error, FileNotFoundError) else error
+        raise ConfigError(f"workdir {workdir} cannot be written to: {why}.") from error
 
 
 def check_same_study(workdir: epath.Path, study: Study) -> None:

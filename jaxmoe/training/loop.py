@@ -265,13 +265,15 @@ class _Loop:
             if bad or self._is_logged(oldest.step):
                 self._log.write(oldest.step, jax.device_get(oldest.metrics), self._throughput.line(oldest.step))
             if failure is not None:
-                self._fail(failure)
+                self._fail(failure, oldest.step - int(oldest.metrics["skipped_in_a_row"]))
 
-    def _fail(self, failure: Callable[[str], TrainingError]) -> NoReturn:
-        """Ends the run with an error that names the last good checkpoint."""
+    def _fail(self, failure: Callable[[str], TrainingError], applied: int) -> NoReturn:
+        """Ends the run, whose last step that changed anything was `applied`, and names the last good checkpoint."""
         self._checkpoints.wait()
         last = self._checkpoints.last_step
         which = "There is no checkpoint yet" if last is None else f"The last good checkpoint is of step {last}"
+        if last is not None and last > applied:
+            which += f" (the parameters are those after step {applied})"
         raise failure(f"{which} in {self._checkpoints.directory}.")
 
     def _evaluate(self) -> None:

@@ -131,3 +131,8 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
         run_study(study_of(), tmp_path / "file")
     with pytest.raises(ConfigError, match="cannot be written to"):
         run_study(study_of(), tmp_path / "file" / "folder")
+
+
+def test_a_bucket_that_is_not_there_is_said_to_be_missing(bucket):
+    with pytest.raises(ConfigError, match="gs://none/study cannot be written to: there is no such bucket"):
+        run_study(study_of(), "gs://none/study")
