@@ -59,7 +59,7 @@ def test_a_whole_published_name_selects_too():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("d512-E8-k3", "neither a slice nor a member. Did you mean 'd512-E8-k"),
+        ("d512-E8-k3", "neither a slice nor a member. Did you mean 'd512-E8-k8' or 'd512-E8-k4' or 'd512-E8-k2'?"),
         ("k=3", "'k=3': no member has it; k is one of 2, 4, 8, 16"),
         ("w=3", "nothing is called 'w' here. Known: E, d, k"),
     ],
