@@ -192,7 +192,7 @@ def test_the_root_comes_before_relative_paths(corpus, tmp_path):
     assert mixture(relative, root=str(tmp_path)).batch(0)["inputs"].shape == (2, 32)
     with pytest.raises(DataError, match=r"source 'web': out/\*\.array_record: matches no file .* as data\.root\."):
         mixture(relative)
-    with pytest.raises(DataError, match=r"data\.tokenizer: tok\.model: no such file\..* Give the folder .* data\.root\."):
+    with pytest.raises(DataError, match=r"data\.tokenizer: tok\.model: no such file\..* as data\.root\."):
         tokenizer_of(DataConfig(tokenizer="tok.model", sources={"web": relative}))
 
 
