@@ -39,7 +39,8 @@ def _named(config: ml_collections.ConfigDict, name: str) -> set[str]:
     }
     found = {key for key, names in called.items() if name in names}
     if not found:
-        raise ConfigError(f"{name!r} is neither a slice nor a member.{nearest(name, set().union(*called.values()))}")
+        known = set().union(*called.values())
+        raise ConfigError(f"{name!r} is neither a slice nor a member.{nearest(name, known, count=3)}")
     return found
 
 

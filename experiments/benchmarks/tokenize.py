@@ -67,7 +67,9 @@ def _library_tokens(work: tuple[str, list[str]]) -> int:
     import tokenizers
 
     path, texts = work
-    encodings = tokenizers.Tokenizer.from_file(path).encode_batch_fast(texts, add_special_tokens=False)
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.encode_special_tokens = True  # a text that has "<s>" in it means these letters
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings)
 
 

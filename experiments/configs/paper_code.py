@@ -15,7 +15,8 @@ from experiments.configs import paper_math
 from experiments.selection import select_members
 
 MIXTURE = {
-    # Tokens of the blend; a run of 125 billion sees each once, so nothing is held back but 1 % (probable).
+    # Tokens of the blend (probable). A run takes as many; 1 % of each source is held out, so that the rest is gone
+    # through 1.01 times, or as often as the shards make it: how many tokens the sources have is not known to us.
     "stack_edu_python": 95_000_000_000,
     "dclm_dedup": 30_000_000_000,
 }
@@ -36,6 +37,6 @@ def get_config(selection: str = "") -> ml_collections.ConfigDict:
         "Every member has the same tokens and the same learning rate; nothing was tuned for one.",
         "Accuracy needs the generated programs to be run, which is not part of this study file: read the task loss.",
     )
-    config.data = paper_math.data_section(MIXTURE, EVALUATIONS)
+    config.data = paper_math.data_section(MIXTURE, EVALUATIONS, allow_repeat=True)
     config.evaluation.generate = False
     return select_members(config, selection, paper_math.AXES)

@@ -49,4 +49,10 @@ def get_config(selection: str = "") -> ml_collections.ConfigDict:
                     suffix=f"-init{round(init_std * 1e3)}e-3",
                     model={"init_std": init_std},
                 )  # fmt: skip
-    return select_members(config, selection, paper_math.AXES)
+    config = select_members(config, selection, paper_math.AXES)
+    if all("train" not in member for member in config.members.values()):  # the slice of scales alone
+        config.study.varies = ("model.init_std",)
+        del config.study.slices["learning_rate"]
+        for member in config.members.values():
+            member.slices = ("init",)
+    return config

@@ -63,8 +63,8 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the closest known name, else the list of what is known."""
+def nearest(name: str, known: Iterable[str], *, count: int = 1) -> str:
+    """` Did you mean 'x'?` for the closest known names, at most `count`; else the list of what is known."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else f" Known: {', '.join(known)}."

@@ -6,7 +6,7 @@ from jaxmoe.data.errors import DataError
 from jaxmoe.data.layouts import Batch
 from jaxmoe.data.mixture import Mixture, SourceAccount, content_changes, describe_accounting
 from jaxmoe.data.source import Example, Source
-from jaxmoe.data.tokenizers import Tokenizer, encode_examples, load_tokenizer, require_vocabulary
+from jaxmoe.data.tokenizers import Tokenizer, encode_examples, load_tokenizer, require_vocabulary, tokenizer_of
 
 __all__ = [
     "Batch",
@@ -23,4 +23,5 @@ __all__ = [
     "extract_answer",
     "load_tokenizer",
     "require_vocabulary",
+    "tokenizer_of",
 ]

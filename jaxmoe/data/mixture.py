@@ -23,7 +23,7 @@ from jaxmoe.config import ConfigError, DataConfig, RunConfig
 from jaxmoe.data.build import build_source
 from jaxmoe.data.layouts import Batch
 from jaxmoe.data.source import Source
-from jaxmoe.data.tokenizers import Tokenizer, load_tokenizer, require_vocabulary
+from jaxmoe.data.tokenizers import Tokenizer, require_vocabulary, tokenizer_of
 
 LONGEST_PERIOD = 1 << 20
 """Rows after which a mixture's pattern repeats, at most: the paper's smallest source is 9 rows of a million."""
@@ -141,7 +141,7 @@ class Mixture:
         Raises:
           ConfigError, DataError: in the words of whoever wrote the configuration or the files.
         """
-        self.tokenizer = load_tokenizer(data.tokenizer) if tokenizer is None else tokenizer
+        self.tokenizer = tokenizer_of(data) if tokenizer is None else tokenizer
         self.batch_size, self.sequence_length, self.steps, self.seed = batch_size, sequence_length, steps, seed
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         if not np.array_equal(self.rows, np.intersect1d(self.rows, np.arange(batch_size))):
@@ -194,7 +194,7 @@ class Mixture:
         Raises:
           ConfigError: the vocabulary is too small, which is known before any data is read, or as for `Mixture`.
         """
-        tokenizer = load_tokenizer(run.data.tokenizer) if tokenizer is None else tokenizer
+        tokenizer = tokenizer_of(run.data) if tokenizer is None else tokenizer
         require_vocabulary(tokenizer, run.model.vocab_size)
         return cls(
             run.data,

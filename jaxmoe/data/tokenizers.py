@@ -11,8 +11,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxmoe.config import ConfigError
+from jaxmoe.config import ConfigError, DataConfig
+from jaxmoe.data.errors import DataError
 from jaxmoe.data.source import Example
+from jaxmoe.storage import as_path
 
 SYMBOLS = "".join(chr(0x100 + i) for i in range(256))
 """The alphabet of the knowledge task: U+0100..U+01FF, 256 letters, two UTF-8 bytes each."""
@@ -158,6 +160,22 @@ def load_tokenizer(spec: str) -> Tokenizer:
         f"tokenizer={spec!r}; choose 'bytes', 'symbols', a *.json file (Hugging Face tokenizers) or a *.model file "
         "(sentencepiece)."
     )
+
+
+def tokenizer_of(data: DataConfig) -> Tokenizer:
+    """`load_tokenizer` of a configuration's.
+
+    Raises:
+      ConfigError, DataError: as there; a file that is not here, with the key that its folder would be given by.
+    """
+    spec = data.tokenizer
+    try:
+        return load_tokenizer(spec)
+    except DataError as error:
+        rooted = spec.startswith(("/", "~")) or "://" in spec
+        if rooted or as_path(spec).exists():
+            raise
+        raise DataError(f"data.tokenizer: {error} Give the folder that it is in as data.root.") from error
 
 
 def require_any_text(tokenizer: Tokenizer, source: str) -> None:

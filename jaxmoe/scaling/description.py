@@ -49,7 +49,7 @@ def describe(study: Study) -> str:
 def _members(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     header = (
         "member", "slices", "E", "K", "total", "active", "sparsity", "tokens", "steps", "tokens/param",
-        "learning rate", "seed",
+        "learning rate", "init std", "seed",
     )  # fmt: skip
     return [header] + [
         (
@@ -57,7 +57,7 @@ def _members(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             str(numbers["experts_per_token"]), _number(numbers["total_parameters"]),
             _number(numbers["active_parameters"]), f"{numbers['sparsity']:.3f}", _number(numbers["tokens"]),
             _number(numbers["steps"]), f"{numbers['tokens_per_parameter']:.1f}", f"{numbers['learning_rate']:g}",
-            str(numbers["seed"]),
+            f"{numbers['init_std']:g}", str(numbers["seed"]),
         )
         for numbers in summaries
     ]  # fmt: skip

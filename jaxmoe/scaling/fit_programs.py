@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import RunConfig
+from jaxmoe.config.errors import require
 from jaxmoe.models import init_cache
 from jaxmoe.post_training.loss import Rows
 from jaxmoe.post_training.update import make_updates
@@ -50,6 +51,9 @@ def traced_program(
         trained, with moments and reference held beside them.
       rows, length: decode: rows at a time and cached tokens of each. None: one for each device, and the model's longest
         sequence; in a rollout `grpo.rollout_batch_size`, and a prompt with a response.
+
+    Raises:
+      ConfigError: rows that are longer than the model's longest.
     """
     if what == "train":
         return _training_step(run, partitioning) if run.grpo is None else _updates(run, partitioning)
@@ -59,6 +63,8 @@ def traced_program(
     if length is None:
         in_rollout = grpo is not None
         length = grpo.max_prompt_tokens + grpo.max_response_tokens if in_rollout else run.model.max_sequence_length
+    longest = run.model.max_sequence_length
+    require(length <= longest, f"length={length} is more than model.max_sequence_length={longest}.")
     return _decoding_step(run, partitioning, rows, length)
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from jaxmoe import accounting
 from jaxmoe.accounting import readable_bytes
 from jaxmoe.config import ConfigError, RunConfig, config_hash, to_dict
-from jaxmoe.data import Mixture, Tokenizer, load_tokenizer, require_vocabulary
+from jaxmoe.data import Mixture, Tokenizer, require_vocabulary, tokenizer_of
 from jaxmoe.layers import AttentionCase, resolved_attention
 from jaxmoe.post_training import check_grpo_data
 from jaxmoe.scaling.status import is_done
@@ -90,7 +90,7 @@ def check_data(members: Sequence[Member], cache_dir: str | os.PathLike | None = 
         with _naming(member):
             spec = config.data.tokenizer
             if spec not in tokenizers:
-                tokenizers[spec] = load_tokenizer(spec)
+                tokenizers[spec] = tokenizer_of(config.data)
             require_vocabulary(tokenizers[spec], config.model.vocab_size)
             prompts = None if config.grpo is None else to_dict(config.grpo)
             key = config_hash({

@@ -211,7 +211,8 @@ class Study:
         found = exact or [member for member in self.members if member.name.startswith(f"{name}-")]
         if len(found) == 1:
             return found[0]
-        raise ConfigError(f"unknown member {name!r}.{nearest(name, [member.name for member in self.members])}")
+        names = [member.name for member in self.members]
+        raise ConfigError(f"unknown member {name!r}.{nearest(name, names, count=3)}")
 
     def check(self) -> None:
         """Refuses a family that is not matched.

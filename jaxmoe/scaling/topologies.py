@@ -132,7 +132,8 @@ def _tpus(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequenc
 
     if len(sizes) != chip.dimensions or math.prod(sizes) < math.prod(chip.least):
         least = "x".join(map(str, chip.least))
-        raise ConfigError(f"--topology={name}: {chip.name} has {chip.dimensions} directions, {least} or more.")
+        wanted = f"{chip.name} has {chip.dimensions} directions, {least} or more"
+        raise ConfigError(f"--topology={name}: {wanted}. {_examples()}")
     for variable, value in _WITHOUT_A_POD.items():
         os.environ.setdefault(variable, value)
     options = targets.TPU_OPTIONS.get(chip.name, {})
@@ -143,7 +144,8 @@ def _tpus(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequenc
         if "libtpu" in text.lower() or "TPU_LIBRARY_PATH" in text:
             missing = f"libtpu is not at hand ({text}); pip install 'jaxmoe[compile]' brings it."
             raise targets.CompilerMissing(missing) from error
-        raise ConfigError(f"--topology={name}: the TPU compiler describes no such slice ({text}).") from error
+        refused = f"--topology={name}: the TPU compiler describes no such slice ({text})."
+        raise ConfigError(f"{refused} {_examples()}") from error
 
 
 def _gpus(chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequence[Any]:
@@ -151,7 +153,9 @@ def _gpus(chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequence[Any]:
 
     count = math.prod(sizes)
     if len(sizes) != 1 or (count > _GPUS_OF_A_NODE and count % _GPUS_OF_A_NODE):
-        raise ConfigError(f"--topology={chip.name}:{count}: up to {_GPUS_OF_A_NODE} GPUs, or a multiple of them.")
+        shape = "x".join(map(str, sizes))
+        wanted = f"a number of GPUs, up to {_GPUS_OF_A_NODE} or a multiple of {_GPUS_OF_A_NODE}"
+        raise ConfigError(f"--topology={chip.name}:{shape}: choose {wanted}. {_examples()}")
     if slices != 1:
         raise ConfigError(f"--slices={slices}: of TPU slices only; nodes of GPUs are in the number, {chip.name}:64.")
     targets.use_gpu_compiler()

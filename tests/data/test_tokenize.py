@@ -14,7 +14,7 @@ from jaxmoe.data import Mixture
 from jaxmoe.data.errors import DataError
 from jaxmoe.data.shards import open_corpus, read_index
 from jaxmoe.data.tokenize import tokenize_corpus
-from jaxmoe.data.tokenizers import ByteTokenizer, load_tokenizer
+from jaxmoe.data.tokenizers import ByteTokenizer, load_tokenizer, tokenizer_of
 
 TEXTS = [f"document {number} " + "abc" * (number % 7) for number in range(60)]
 
@@ -192,6 +192,8 @@ def test_the_root_comes_before_relative_paths(corpus, tmp_path):
     assert mixture(relative, root=str(tmp_path)).batch(0)["inputs"].shape == (2, 32)
     with pytest.raises(DataError, match=r"source 'web': out/\*\.array_record: matches no file .* as data\.root\."):
         mixture(relative)
+    with pytest.raises(DataError, match=r"data\.tokenizer: tok\.model: no such file\..* as data\.root\."):
+        tokenizer_of(DataConfig(tokenizer="tok.model", sources={"web": relative}))
 
 
 def test_shards_that_cannot_be_used_are_named(corpus, tmp_path):

@@ -31,6 +31,20 @@ def test_every_family_is_matched(file):
     assert len(study.members) == FILES[file]
 
 
+@pytest.mark.parametrize(
+    ("specification", "members"),
+    [
+        ("paper_lr_init.py:learning_rate", 10), ("paper_lr_init.py:init", 8),
+        ("paper_lr_init.py:init+learning_rate", 16),
+        ("paper_topk.py:expert_size", 4), ("paper_topk.py:width_470M", 2), ("paper_topk.py:width_1500M", 2),
+    ],
+)  # fmt: skip
+def test_every_slice_that_an_argument_names_is_matched(specification, members):
+    study = study_of(specification)
+    study.check()
+    assert len(study.members) == members
+
+
 def test_members_have_the_published_sizes():
     members = {member.name: member.config.model for member in study_of("paper_math.py").members}
     count = parameter_count(members["d512-E8-k2-320M-A170M"])
@@ -59,7 +73,7 @@ def test_a_whole_published_name_selects_too():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("d512-E8-k3", "neither a slice nor a member. Did you mean 'd512-E8-k"),
+        ("d512-E8-k3", "neither a slice nor a member. Did you mean 'd512-E8-k8' or 'd512-E8-k4' or 'd512-E8-k2'?"),
         ("k=3", "'k=3': no member has it; k is one of 2, 4, 8, 16"),
         ("w=3", "nothing is called 'w' here. Known: E, d, k"),
     ],

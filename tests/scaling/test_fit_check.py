@@ -52,7 +52,7 @@ def small(run, **train):
         ("v5p", "no shape can be read after the chip. A topology is written like v4:4x4x4"),
         ("v5e:2x2x2", "v5e has 2 directions, 2x2 or more"),
         ("v5p:1x1x1", "v5p has 3 directions, 2x2x1 or more"),
-        ("h100:12", "up to 8 GPUs, or a multiple of them"),
+        ("h100:12", "h100:12: choose a number of GPUs, up to 8 or a multiple of 8. A topology is written like"),
     ],
 )
 def test_unknown_topologies_say_what_there_is(name, message):
@@ -160,6 +160,8 @@ def test_a_mesh_that_does_not_fit_is_refused_first():
         check_fit(member("d512-E8-k2", fsdp=8), topology_of("v5e:2x2"))
     with pytest.raises(ConfigError, match="num_experts=8"):
         check_fit(member("d512-E8-k2", expert=16), topology_of("v5e:4x4"))
+    with pytest.raises(ConfigError, match="length=4097 is more than model.max_sequence_length=4096"):
+        check_fit(member("d512-E8-k2", fsdp=4), topology_of("v5e:2x2"), what="decode", length=4097)
 
 
 def test_plans_divide_the_model_and_the_batch():

@@ -4,8 +4,11 @@ import copy
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -18,6 +21,7 @@ from jaxmoe.scaling.report.comparison import compare
 from jaxmoe.scaling.report.tables import load_study
 from jaxmoe.scaling.report.test_time import sampling_figure
 from jaxmoe.scaling.test_time import describe_sampling, sample_study
+from jaxmoe.storage import as_path
 from jaxmoe.training import StopRequest, read_parameters
 
 CONFIG = {
@@ -103,6 +107,31 @@ def test_samples_do_not_depend_on_a_stop_or_the_batch_size(folder):
     path.unlink()
     sample_study(study_of(batch_size=3), folder)  # fewer than the samples of a problem
     assert texts(*files(folder)) == first
+
+
+def test_the_command_samples_in_a_bucket_and_on_a_mesh(folder, bucket, tmp_path):
+    """The same samples as from a disk and on one device, also where the file was cut off."""
+    (expected,) = sample_study(study_of(), folder)
+    (path,) = files(folder)
+    remote = as_path(bucket) / "sampled"
+    for kept in (file.relative_to(folder) for file in (folder / "only").rglob("*") if file.is_file()):
+        content = (folder / kept).read_bytes()
+        if "records" not in kept.parts:
+            (remote / str(kept)).write_bytes(content[: len(content) // 3] if "samples" in kept.parts else content)
+    config = tmp_path / "tiny.py"
+    config.write_text(f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({CONFIG})\n")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "experiments.test_time_compute", f"--config={config}", f"--workdir={bucket}/sampled",
+            "--mesh=fsdp=2,expert=2", "--json",
+        ],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, capture_output=True, text=True,
+        cwd=pathlib.Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (remote / "only" / "samples" / path.name).read_bytes() == path.read_bytes()
+    (record,) = json.loads(done.stdout)
+    assert [key for key in record if record[key] != expected.records[0][key]] == ["device"]
 
 
 def test_other_settings_make_other_files_and_set_the_record_aside(folder):
