@@ -4,9 +4,10 @@ One MoE layer is compiled, forward and with its gradient, for devices that need 
 where that is missing the CPU's devices. Nothing runs, and no figure is a measurement.
 
 What counts is what leaves a device. A ragged exchange's operands are buffers, larger than what is sent; it sends the
-rows that there are, so T·K rows of the operand's row size (as laid out: TPUs pad the gates, one number a row, to 128)
-times 1 - 1/P, the share that has another device's expert under balanced routing. Of every other collective the buffer
-is what is sent. The least is 2·K·D·bytes·(1 - 1/P) for a forward pass, the same again for the gradient.
+rows that there are, so under balanced routing T·K/P to each of the others. Their size is that of the operand's rows, as
+laid out: TPUs pad a row to a multiple of 512 bytes. Where several rows travel as one, the last to each device counts as
+if all but one of them were missing. Of every other collective the buffer is what is sent. The least is
+2·K·D·bytes·(1 - 1/P) for a forward pass, the same again for the gradient.
 
 T tokens of one device, D width, F expert hidden width, E experts, K experts per token, P devices of an expert group.
 """
@@ -26,12 +27,16 @@ from flax import nnx
 import pallas_kernels
 from jaxmoe.config import MESH_AXES, ConfigError, MeshConfig, to_dict
 from jaxmoe.layers import MoE
+from jaxmoe.layers.exchange import BLOCK, rows_together
 from jaxmoe.layers.expert_parallel import compiler_options
 from jaxmoe.sharding import Partitioning, build_mesh, use_partitioning
 from pallas_kernels import targets
 
 AIM = 1.25
 """The most that the ragged exchange may move, over the least."""
+
+_GATE = 4
+"""Bytes of a gate: it travels in float32."""
 
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
 _KINDS = ("ragged-all-to-all", "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
@@ -94,6 +99,8 @@ CASES = (
     Case("v5p", "v5p:2x2x1", MeshConfig(fsdp=1, expert=4), 8, 2048, 1024, 2048, 16, 2, overlap=True),
     Case("v5p", "v5p:4x4x4", MeshConfig(fsdp=8, expert=8), 64, 4096, 2048, 1024, 64, 8),
     Case("v5p", "v5p:4x4x4", MeshConfig(fsdp=8, expert=4, tensor=2), 32, 4096, 2048, 512, 256, 8),
+    Case("v5p", "v5p:2x2x2", MeshConfig(fsdp=1, expert=8), 16, 2048, 256, 512, 16, 8),
+    Case("v5p", "v5p:2x2x1", MeshConfig(fsdp=1, expert=4), 8, 2048, 64, 128, 16, 2),
 )
 CPU_CASE = Case("cpu", "8 host devices", MeshConfig(fsdp=2, expert=4), 16, 128, 64, 32, 16, 2, None, dtype="float32")
 
@@ -108,6 +115,7 @@ class Collective:
       buffer: bytes of its result on one device.
       row: bytes of a row of it.
       group: devices that take part together.
+      together: rows of the exchange that are one of its rows.
     """
 
     kind: str
@@ -115,11 +123,12 @@ class Collective:
     buffer: int
     row: int
     group: int
+    together: int = 1
 
     def sent(self, rows: float) -> float:
         """Bytes that leave a device, `rows` those that a ragged exchange is given."""
         if self.kind == "ragged-all-to-all":
-            return rows * self.row * (1 - 1 / self.group)
+            return (self.group - 1) * (rows / self.group + self.together - 1) / self.together * self.row
         if self.kind == "reduce-scatter":
             return self.buffer * (self.group - 1)
         if self.kind == "collective-permute":
@@ -132,7 +141,7 @@ def collectives(program: str, row: int) -> list[Collective]:
 
     Args:
       program: optimized HLO.
-      row: bytes of a token, by which the ragged exchanges that move tokens are known.
+      row: bytes of a token.
     """
     found = []
     for line in program.splitlines():
@@ -153,13 +162,14 @@ def collectives(program: str, row: int) -> list[Collective]:
         own_row = buffers[0] // (sizes[0] if sizes else 1)
         if name in ("s32", "u32"):
             part = "sizes"
-        elif match[2] == "ragged-all-to-all":
-            part = "rows" if own_row == row else "gates"
-        elif re.search("/(send|return)/", scope):
-            part = "gates" if "/gates/" in scope else "rows"
+        elif "/gates/" in scope or (match[2] == "ragged-all-to-all" and own_row == BLOCK * _GATE):
+            part = "gates"
+        elif match[2] == "ragged-all-to-all" or re.search("/(send|return)/", scope):
+            part = "rows"
         else:
             part = "other"
-        found.append(Collective(match[2], part, sum(buffers), own_row, _group(line)))
+        together = rows_together(_GATE if part == "gates" else row) if match[2] == "ragged-all-to-all" else 1
+        found.append(Collective(match[2], part, sum(buffers), own_row, _group(line), together))
     return found
 
 

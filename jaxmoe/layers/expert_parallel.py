@@ -4,7 +4,7 @@ Every device of a mesh has tokens of its own in a routed layer. The experts are 
 group, E/P for each; each group of the mesh has all of them.
 
 T tokens of one device, D width, E experts, K experts per token, N = T·K rows to send; P devices of an expert group,
-M rows that one can receive.
+M rows of the buffer in which it receives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 import pallas_kernels
 from jaxmoe.config import MESH_AXES
-from jaxmoe.layers.exchange import Axes, Slices, exchange
+from jaxmoe.layers.exchange import Axes, Slices, blocks, buffer_rows, exchange
 from jaxmoe.sharding import Partitioning
 from pallas_kernels.gather import take
 
@@ -95,15 +95,15 @@ def whole_experts(weights: Float[Array, "experts ..."], spec: PartitionSpec) -> 
 
 
 def received_rows_bound(tokens: int, k: int, num_experts: int, devices: int, factor: float | None) -> int:
-    """M: rows for which a device of an expert group has room.
+    """Rows for which a device of an expert group has room.
 
     Args:
       tokens: T.
       k: K.
       num_experts: E.
       devices: P.
-      factor: M over the mean, T·K; None: the most that could come, all tokens of the group with as many of their
-        choices as the device has experts.
+      factor: these rows over the mean, T·K; None: the most that could come, all tokens of the group with as many of
+        their choices as the device has experts.
     """
     worst = devices * tokens * min(k, num_experts // devices)
     return worst if factor is None else min(worst, math.ceil(factor * tokens * k))
@@ -145,11 +145,13 @@ def routed_mlp(
     room = received_rows_bound(tokens, k, plan.num_experts, devices, buffer_factor)
     with jax.named_scope("sizes"):
         slices, local_expert, overflowed = agreed_slices(plan.group_sizes, room, axes)
+    buffer = local_expert.shape[0]
     with jax.named_scope("send"):
+        plan = in_blocks(plan, devices)
         rows = pallas_kernels.dispatch(x, plan, backend=backend)
-        received = exchange(rows, slices, room, axes)
+        received = exchange(rows, slices, buffer, axes)
         with jax.named_scope("gates"):
-            row_gate = exchange(_in_order(gate.astype(jnp.float32), plan), slices, room, axes)
+            row_gate = exchange(_in_order(gate.astype(jnp.float32), plan), slices, buffer, axes)
     with jax.named_scope("experts"):
         outputs = pallas_kernels.moe_mlp(
             received, local_expert[:, None], row_gate[:, None], gate_up, down, backend=backend
@@ -192,8 +194,8 @@ def agreed_slices(
     What comes from the first device comes first, each device's rows by expert; what finds no room stays behind.
 
     Args:
-      group_sizes: this device's rows of each expert.
-      room: M.
+      group_sizes: this device's rows of each expert, which lie as `in_blocks` has them.
+      room: rows that a device may receive.
       axes: of the expert group.
 
     Returns:
@@ -203,9 +205,10 @@ def agreed_slices(
     devices, here = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
     sizes = jax.lax.all_gather(group_sizes, axes).reshape(devices, devices, -1)  # from, to, expert there
     between = sizes.sum(axis=2)
-    start_there = jnp.minimum(jnp.cumsum(between, axis=0) - between, room)
-    start_here = jnp.cumsum(between, axis=1) - between
-    taken = jnp.minimum(between, room - start_there)
+    taken = jnp.clip(room - (jnp.cumsum(between, axis=0) - between), 0, between)
+    start_here = jnp.cumsum(blocks(between), axis=1) - blocks(between)
+    end_there = jnp.cumsum(blocks(taken), axis=0)
+    start_there = end_there - blocks(taken)
     slices = Slices(
         send_offset=start_here[here],
         send_size=taken[here],
@@ -214,12 +217,40 @@ def agreed_slices(
         receive_size=taken[:, here],
         receive_from=start_here[:, here],
     )
-    ends = jnp.cumsum(sizes[:, here].reshape(-1))
-    row = jnp.arange(room, dtype=jnp.int32)
-    segment = jnp.searchsorted(ends, row, side="right", method="compare_all").astype(jnp.int32)
+    ends = jnp.minimum(jnp.cumsum(sizes[:, here], axis=1), taken[:, here, None]) + start_there[:, here, None]
+    ends = jnp.concatenate([ends, end_there[:, here, None]], axis=1)  # of each expert's rows and those of nobody
+    row = jnp.arange(buffer_rows(room, devices), dtype=jnp.int32)
+    segment = jnp.searchsorted(ends.reshape(-1), row, side="right", method="compare_all").astype(jnp.int32)
     local = sizes.shape[2]
-    expert = jnp.where(segment < devices * local, segment % local, local)
+    expert = jnp.where(segment < devices * (local + 1), segment % (local + 1), local)
     return slices, expert, jnp.sum(between[here] - taken[here]).astype(jnp.float32)
+
+
+def in_blocks(plan: pallas_kernels.Plan, devices: int) -> pallas_kernels.Plan:
+    """The plan with the rows of each device of the group from a multiple of `exchange.BLOCK` on.
+
+    The rows between are counted to the expert before them and hold copies of tokens; nobody reads them.
+    """
+    device = jnp.arange(devices, dtype=jnp.int32)
+    per_device = plan.num_experts // devices
+    size = jnp.diff(plan.group_offsets[::per_device])
+    filling = blocks(size) - size
+    end = jnp.cumsum(blocks(size))
+
+    def shift(expert: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(expert[..., None] >= (device + 1) * per_device, filling, 0), axis=-1)
+
+    rows = buffer_rows(plan.num_rows, devices)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    place = row - jnp.sum(jnp.where(row[:, None] >= end, filling, 0), axis=1)
+    offsets = plan.group_offsets + shift(jnp.arange(plan.num_experts + 1, dtype=jnp.int32))
+    return dataclasses.replace(
+        plan,
+        order=take(jnp.pad(plan.order, (0, rows - plan.num_rows)), place),
+        inverse=plan.inverse + shift(plan.expert),
+        group_sizes=jnp.diff(offsets),
+        group_offsets=offsets,
+    )
 
 
 @jax.custom_vjp

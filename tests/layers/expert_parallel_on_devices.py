@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec
 
 from jaxmoe.config import MESH_AXES
 from jaxmoe.layers import MoE
-from jaxmoe.layers.exchange import exchange
-from jaxmoe.layers.expert_parallel import agreed_slices, received_rows_bound
+from jaxmoe.layers.exchange import BLOCK, blocks, buffer_rows, exchange, rows_together
+from jaxmoe.layers.expert_parallel import agreed_slices, in_blocks, received_rows_bound
 from jaxmoe.sharding import Partitioning, use_partitioning
+from pallas_kernels import make_plan
 
 WIDTH, HIDDEN = 8, 4
 
@@ -155,7 +156,8 @@ def test_what_finds_no_room_is_counted_and_the_rest_is_exact():
     assert compiled(bounded, partitioning(fsdp=2, expert=4))(params, x, mask, cotangent)[0][1][1].overflowed == 0
 
 
-P, PER_DEVICE, ROWS, ROOM = 8, 2, 6, 20
+P, PER_DEVICE, ROWS, ROOM = 8, 2, 40, 100
+SENT, RECEIVED = buffer_rows(ROWS, P), buffer_rows(ROOM, P)
 
 
 @jax.jit
@@ -170,8 +172,8 @@ def there_and_back(group_sizes, rows, cotangent):
     """What each device receives, of which expert; what comes back; the gradient; what stayed behind; the slices."""
     axes = ("expert", "tensor")
     slices, expert, overflowed = agreed_slices(group_sizes[0], ROOM, axes)
-    received, pull_back = jax.vjp(lambda rows: exchange(rows, slices, ROOM, axes), rows[0])
-    back = exchange(received, slices.reversed, ROWS, axes)
+    received, pull_back = jax.vjp(lambda rows: exchange(rows, slices, RECEIVED, axes), rows[0])
+    back = exchange(received, slices.reversed, SENT, axes)
     (gradient,) = pull_back(cotangent[0])
     return jax.tree.map(lambda array: array[None], (received, expert, back, gradient, overflowed, slices))
 
@@ -192,9 +194,9 @@ def all_to(expert: int) -> np.ndarray:
     return sizes
 
 
-def as_documented(rows: np.ndarray, offset: np.ndarray, size: np.ndarray, to: np.ndarray, num_rows: int) -> np.ndarray:
+def as_documented(rows, offset, size, to, num_rows: int) -> np.ndarray:
     """What `jax.lax.ragged_all_to_all` promises to do with these arguments, of which row s is device s's."""
-    received = np.zeros((P, num_rows, 1))
+    received = np.zeros((P, num_rows, *rows.shape[2:]))
     for source in range(P):
         for there in range(P):
             begin, end = offset[source, there], offset[source, there] + size[source, there]
@@ -202,42 +204,80 @@ def as_documented(rows: np.ndarray, offset: np.ndarray, size: np.ndarray, to: np
     return received
 
 
-@settings(max_examples=40)
-@given(sizes=sizes_of_all())
-@example(sizes=all_to(0))
-@example(sizes=all_to(P * PER_DEVICE - 1))
-@example(sizes=np.zeros((P, P * PER_DEVICE), np.int32))
-def test_the_exchange_delivers_by_source_and_expert_and_returns(sizes):
-    """Against a loop over devices; rows are numbered from 1. So would the ragged exchange, by its documentation."""
-    rows = 1.0 + np.arange(P * ROWS, dtype=np.float32).reshape(P, ROWS, 1)
-    cotangent = -1.0 - np.arange(P * ROOM, dtype=np.float32).reshape(P, ROOM, 1)
-    expected, gradient = np.zeros((P, ROOM, 1)), np.zeros((P, ROWS, 1))
-    experts, stayed = np.full((P, ROOM), PER_DEVICE), np.zeros(P)
-    filled = np.zeros(P, int)
-    for source in range(P):
-        labels = np.repeat(np.arange(P * PER_DEVICE), sizes[source])
-        for row, label in enumerate(labels):
-            there, local = divmod(label, PER_DEVICE)
-            if filled[there] == ROOM:
-                stayed[source] += 1
-                continue
-            expected[there, filled[there]] = rows[source, row]
-            experts[there, filled[there]] = local
-            gradient[source, row] = cotangent[there, filled[there]]
-            filled[there] += 1
-    received, own_experts, back, own_gradient, overflowed, slices = there_and_back(sizes, rows, cotangent)
-    slices = jax.tree.map(np.asarray, slices)
-    np.testing.assert_array_equal(received, expected)
-    occupied = np.arange(ROOM) < filled[:, None]
-    np.testing.assert_array_equal(np.where(occupied, own_experts, PER_DEVICE), experts)
-    np.testing.assert_array_equal(back, np.where(gradient != 0, rows, 0))
-    np.testing.assert_array_equal(own_gradient, gradient)
-    np.testing.assert_array_equal(overflowed, stayed)
-    there = as_documented(rows, slices.send_offset, slices.send_size, slices.send_to, ROOM)
-    np.testing.assert_array_equal(there, expected)
-    returned = as_documented(expected, slices.receive_offset, slices.receive_size, slices.receive_from, ROWS)
-    np.testing.assert_array_equal(returned, back)
-    np.testing.assert_array_equal(slices.receive_size, slices.send_size.T)
+@pytest.mark.parametrize("width", [1, 64, 256])
+def test_the_exchange_delivers_by_source_and_expert_and_returns(width):
+    """Against a loop over devices; rows are numbered from 1. So would the ragged exchange, by its documentation.
+
+    Narrow rows travel together, and bring along what lies behind the last of a slice.
+    """
+    together = rows_together(4 * width)
+    assert together == {1: BLOCK, 64: 2, 256: 1}[width]
+
+    @settings(max_examples=15)
+    @given(sizes=sizes_of_all())
+    @example(sizes=all_to(0))
+    @example(sizes=all_to(P * PER_DEVICE - 1))
+    @example(sizes=np.zeros((P, P * PER_DEVICE), np.int32))
+    def check(sizes):
+        rows, cotangent = (
+            sign * (1.0 + np.arange(P * count, dtype=np.float32).reshape(P, count, 1)) * np.ones(width, np.float32)
+            for sign, count in ((1, SENT), (-1, RECEIVED))
+        )
+        expected, gradient = np.zeros((P, RECEIVED, width)), np.zeros((P, SENT, width))
+        experts, own, stayed = np.full((P, RECEIVED), PER_DEVICE), np.zeros((P, SENT), bool), np.zeros(P)
+        filled, received_rows = np.zeros(P, int), np.zeros(P, int)
+        for source in range(P):
+            sent = 0
+            for there in range(P):
+                slice_rows = sizes[source, there * PER_DEVICE : (there + 1) * PER_DEVICE]
+                own[source, sent : sent + slice_rows.sum()] = True
+                for row, local in enumerate(np.repeat(np.arange(PER_DEVICE), slice_rows)):
+                    if received_rows[there] == ROOM:
+                        stayed[source] += 1
+                        continue
+                    received_rows[there] += 1
+                    expected[there, filled[there] + row] = rows[source, sent + row]
+                    experts[there, filled[there] + row] = local
+                    gradient[source, sent + row] = cotangent[there, filled[there] + row]
+                sent += blocks(slice_rows.sum())
+                filled[there] = blocks(filled[there] + np.count_nonzero(experts[there, filled[there] :] < PER_DEVICE))
+        received, own_experts, back, own_gradient, overflowed, slices = jax.tree.map(
+            np.asarray, there_and_back(sizes, rows, cotangent)
+        )
+        np.testing.assert_array_equal(own_experts, experts)
+        np.testing.assert_array_equal(overflowed, stayed)
+        occupied, returned = experts < PER_DEVICE, (gradient != 0).any(axis=2)
+        np.testing.assert_array_equal(received[occupied], expected[occupied])
+        np.testing.assert_array_equal(back[returned], rows[returned])
+        np.testing.assert_array_equal(own_gradient[returned], gradient[returned])
+        if together == 1:
+            np.testing.assert_array_equal(received[~occupied], 0)
+            np.testing.assert_array_equal(own_gradient[~returned], 0)
+        np.testing.assert_array_equal(slices.receive_size, slices.send_size.T)
+        wide = slices.together(together)
+        there = as_documented(
+            rows.reshape(P, -1, together * width), wide.send_offset, wide.send_size, wide.send_to, RECEIVED // together
+        )
+        np.testing.assert_array_equal(there.reshape(received.shape), received)
+        again = as_documented(there, wide.receive_offset, wide.receive_size, wide.receive_from, SENT // together)
+        np.testing.assert_array_equal(again.reshape(back.shape), back)
+
+    check()
+
+
+def test_a_plan_in_blocks_has_each_devices_rows_where_they_are_sent_from():
+    """Padding tokens stay behind all others; the rows of an expert keep their order."""
+    expert_index = jax.random.randint(jax.random.key(0), (60, 3), 0, 16)
+    plan = make_plan(expert_index, 16, mask=jnp.arange(60) % 7 > 0)
+    aligned = in_blocks(plan, 4)
+    start = np.asarray(aligned.group_offsets)
+    np.testing.assert_array_equal(start[::4] % BLOCK, 0)
+    size = np.asarray(plan.group_sizes)
+    for expert in range(16):
+        theirs = slice(plan.group_offsets[expert], plan.group_offsets[expert] + size[expert])
+        np.testing.assert_array_equal(aligned.order[start[expert] : start[expert] + size[expert]], plan.order[theirs])
+    np.testing.assert_array_equal(aligned.order[aligned.inverse.reshape(-1)], np.arange(180))
+    np.testing.assert_array_equal(aligned.inverse >= start[-1], plan.expert == 16)
 
 
 def test_the_dropless_view_has_room_for_all_that_could_come():
