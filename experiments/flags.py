@@ -25,7 +25,6 @@ from typing import Any
 
 import ml_collections
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from jaxmoe.config import SOURCE_KINDS, ConfigError, DataConfig, GRPOConfig, RunConfig, nearest
@@ -174,7 +173,6 @@ def run_with_config(
         fail(error)
 
     def run(remaining: Sequence[str]) -> int | None:
-        absl_logging.set_verbosity(absl_logging.WARNING)  # not what libraries say of their caches
         try:
             action = _action(remaining[1:], actions)
             return main(holder.value, tuple(config_flags.get_override_values(flags.FLAGS["config"])), *action)

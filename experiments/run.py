@@ -28,6 +28,7 @@ from absl import flags
 
 from experiments.execution import read_study, run_to_status
 from experiments.flags import run_with_config
+from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError, parse_mesh, to_dict
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
 
     from jaxmoe.processes import LOST_AFTER_SECONDS, connect
 
+    log_to_terminal()
     lost_after = _LOST_AFTER.value or LOST_AFTER_SECONDS
     connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, lost_after_seconds=lost_after)
     workdir = _WORKDIR.value or f"runs/{study.name}"

@@ -27,6 +27,7 @@ from experiments.execution import read_study
 from experiments.flags import config_arguments, run_with_config
 from experiments.launchers.job import PREEMPTED, Job, describe_command
 from experiments.launchers.table import print_status
+from experiments.terminal import log_to_terminal
 from jaxmoe.config import ConfigError
 from jaxmoe.scaling.status import MemberStatus, member_status
 from jaxmoe.scaling.study import Member, Study
@@ -93,6 +94,7 @@ _GKE = {
 
 def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...], action: str) -> int:
     """Runs the command; returns the exit status."""
+    log_to_terminal()
     study = read_study(config, overridden)
     if _JSON.value and action != "status":
         raise ConfigError("--json goes with status.")

@@ -28,9 +28,8 @@ class Heartbeat:
     then whoever asked does not wait for longer, and nothing failed.
 
     Leaving the block without `ended` is a failure if by an error, and else, as after a second Ctrl-C or when another
-    process of the run is lost, a stop. Nothing
-    is written where another process is training in the directory, and a file that cannot be written stops nothing:
-    where the storage is gone, training says so.
+    process of the run is lost, a stop. Nothing is written where another process is training in the directory, and a
+    file that cannot be written stops nothing: where the storage is gone, training says so.
 
     Args:
       directory: of the run, local or gs://.

@@ -89,8 +89,9 @@ class FaultyStorage:
     """A proxy on loopback in front of a storage server, one request a connection, whose faults can be changed.
 
     Attributes:
-      fault: what happens to a request: `503`, `reset` (the connection breaks), `delay` (it waits, then is passed on).
-      rate: share of the requests that meet the fault.
+      faults: what happens to requests, in turn: `503`, `reset` (the connection breaks), `delay` (it waits, then is
+        passed on).
+      rate: share of the requests that meet one.
       delay: seconds.
       requests: their first lines, in order, with whether each was passed on.
       body_bytes: bytes of the answers to passed requests, by the path that was asked for.
@@ -99,7 +100,7 @@ class FaultyStorage:
     def __init__(self, url: str):
         server = urllib.parse.urlsplit(url)
         self._server = server.hostname, server.port
-        self.fault, self.rate, self.delay = "503", 0.0, 1.0
+        self.faults, self.rate, self.delay = ["503"], 0.0, 1.0
         self.requests: list[tuple[str, bool]] = []
         self.body_bytes: dict[str, int] = {}
         self._random = random.Random(0)
@@ -141,18 +142,21 @@ class FaultyStorage:
             body += size + await reader.readexactly(int(size, 16) + 2)
             if int(size, 16) == 0:
                 break
-        faulty = self._random.random() < self.rate
-        self.requests.append((first, not faulty))
-        if faulty and self.fault == "503":
+        fault = None
+        if self._random.random() < self.rate:
+            fault, *rest = self.faults
+            self.faults = [*rest, fault]
+        self.requests.append((first, fault in (None, "delay")))
+        if fault == "503":
             writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             await writer.drain()
             return
-        if faulty and self.fault == "reset":
+        if fault == "reset":
             linger = struct.pack("ii", 1, 0)
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
             return
-        if faulty:
+        if fault == "delay":
             await asyncio.sleep(self.delay)
         kept = [line for line in lines if line and not line.lower().startswith(("connection:", "expect:"))]
         answers, asks = await asyncio.open_connection(*self._server)
