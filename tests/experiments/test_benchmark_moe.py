@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import moe
+from experiments.benchmarks import moe, moe_device, moe_layer, moe_rows
+from experiments.benchmarks.timing import Timing
 from pallas_kernels import moe_mlp, native
 
-TINY = moe.Sizes(
+TINY = moe_rows.Sizes(
     width=16,
     hidden=32,
     rows=(64,),
@@ -44,8 +45,8 @@ def choices(routing, tokens=2048, experts=32, k=2):
     keys = jax.random.split(jax.random.key(5), 3)
     x = jax.random.normal(keys[0], (tokens, 16))
     router = 0.02 * jax.random.normal(keys[1], (16, experts))
-    bias = moe.routing_bias(routing, keys[2], tokens, experts)
-    return np.asarray(moe.route(router, x, bias, k)[0])
+    bias = moe_layer.routing_bias(routing, keys[2], tokens, experts)
+    return np.asarray(moe_layer.route(router, x, bias, k)[0])
 
 
 def test_the_result_has_a_row_for_every_contender(result):
@@ -69,16 +70,19 @@ def test_ratios_are_of_the_milliseconds_beside_them(result):
         assert row["ratio_to_roofline"] <= row["ratio_to_dense"]
         assert row["tokens_per_second"] == pytest.approx(1000 * row["T"] / row["milliseconds"], rel=0.05)
     middle = result["linear_in_tokens"][1]["milliseconds_per_token"]
+    traffic = {row["weight_traffic_milliseconds"] for row in result["linear_in_tokens"]}
+    assert len(traffic) == 1  # every T touches all experts
+    assert min(traffic) > 0
     for row in result["linear_in_tokens"]:
         assert row["ratio_to_middle"] == pytest.approx(row["milliseconds_per_token"] / middle, rel=0.05, abs=1e-3)
 
 
 def test_the_roofline_counts_touched_weights_three_times():
     """100 experts of 3·16·32 float32 at 1 GB/s, far above the dense time."""
-    case = (moe.Shape(32, 16, 32, 128, 2), "balanced", "cpu")
-    row = moe._row(case, moe.Timing(0.01, 0.01, 0.01), 1e-6, 100, 1e9)
+    case = (moe_layer.Shape(32, 16, 32, 128, 2), "balanced", "cpu")
+    row = moe_rows._row(case, Timing(0.01, 0.01, 0.01), 1e-6, 100, 1e9)
     assert row["roofline_milliseconds"] == pytest.approx(3 * 100 * 3 * 16 * 32 * 4 / 1e9 * 1000, abs=1e-3)
-    assert moe._row(case, moe.Timing(0.01, 0.01, 0.01), 1.0, 100, 1e9)["roofline_milliseconds"] == 1000
+    assert moe_rows._row(case, Timing(0.01, 0.01, 0.01), 1.0, 100, 1e9)["roofline_milliseconds"] == 1000
 
 
 def test_it_is_described_with_the_targets_beside(result):
@@ -119,22 +123,22 @@ def test_capacity_einsum_is_moe_mlp_with_its_capacity(capacity_factor, group):
     w_gate_up = jax.random.normal(keys[2], (experts, width, 2 * hidden))
     w_down = jax.random.normal(keys[3], (experts, hidden, width))
     cotangent = jax.random.normal(keys[4], x.shape)
-    expert_index, gate = moe.route(router, x, jnp.zeros((1, experts)), k)
+    expert_index, gate = moe_layer.route(router, x, jnp.zeros((1, experts)), k)
 
     def values(mlp):
         y, pull_back = jax.vjp(lambda x, gate, *w: mlp(x, expert_index, gate, *w), x, gate, w_gate_up, w_down)
         return y, *pull_back(cotangent)
 
     capacity = None if capacity_factor == 4.0 else 8
-    einsum = functools.partial(moe.capacity_einsum, capacity_factor=capacity_factor, group=group)
+    einsum = functools.partial(moe_layer.capacity_einsum, capacity_factor=capacity_factor, group=group)
     for ours, theirs in zip(values(einsum), values(functools.partial(moe_mlp, capacity=capacity, backend="reference"))):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_a_step_writes_over_the_donated_outputs():
     """The same memory from step to step, so that no page is fresh."""
-    shape = moe.Shape(16, 8, 16, 4, 2)
-    call, touched = moe._moe_call(shape, "balanced", "cpu", moe._weights(shape, jnp.float32))
+    shape = moe_layer.Shape(16, 8, 16, 4, 2)
+    call, touched = moe_layer.moe_call(shape, "balanced", "cpu", moe_layer.weights_of(shape, jnp.float32))
     assert touched == 4
 
     def places():
@@ -148,15 +152,15 @@ def test_a_step_writes_over_the_donated_outputs():
 
 
 def test_the_device_rows_have_no_utilization_on_an_unknown_device():
-    rows = moe.device_rows((moe.Shape(16, 8, 16, 4, 2),), rounds=1, steps_per_call=1)
+    rows = moe_device.device_rows((moe_layer.Shape(16, 8, 16, 4, 2),), rounds=1, steps_per_call=1)
     assert [row["contender"] for row in rows] == ["dense", "cpu"]
     assert all(row["utilization"] is None and "no bfloat16 peak is known" in row["note"] for row in rows)
     assert "utilization unknown" in moe.describe({"machine": {}, "device": rows})
 
 
 def test_the_device_rows_are_against_the_peak_of_a_known_device(monkeypatch):
-    monkeypatch.setitem(moe.PEAK_TERAFLOPS, jax.devices()[0].device_kind, 0.5)
-    for row in moe.device_rows((moe.Shape(64, 32, 64, 4, 2),), rounds=1, steps_per_call=1):
+    monkeypatch.setitem(moe_device.PEAK_TERAFLOPS, jax.devices()[0].device_kind, 0.5)
+    for row in moe_device.device_rows((moe_layer.Shape(64, 32, 64, 4, 2),), rounds=1, steps_per_call=1):
         assert row["utilization"] == pytest.approx(row["model_teraflops_per_second"] / 0.5, abs=2e-3)
         assert row["note"] is None
 
