@@ -2,6 +2,8 @@
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIRECTORY = "checkpoints"
+UNREADABLE_DIRECTORY = "unreadable_checkpoints"
+RECORDS_DIRECTORY = "records"
 METRICS_FILE = "metrics.jsonl"
 THROUGHPUT_FILE = "throughput.jsonl"
 STATUS_FILE = "status.json"

@@ -20,10 +20,10 @@ import numpy as np
 from etils import epath
 
 from jaxmoe.config import nearest
+from jaxmoe.run_files import RECORDS_DIRECTORY
 from jaxmoe.storage import read_json, write_json
 from jaxmoe.version import __version__
 
-RECORDS_DIRECTORY = "records"
 EARLIER_RECORDS_DIRECTORY = "earlier_records"
 
 Record = dict[str, Any]

@@ -18,6 +18,7 @@ from etils import epath
 
 from jaxmoe.config import TrainConfig
 from jaxmoe.processes import alone, is_first, of_first, together
+from jaxmoe.run_files import UNREADABLE_DIRECTORY
 from jaxmoe.storage import is_remote
 from jaxmoe.storage_faults import first_line, is_no_space
 from jaxmoe.training.allocator import give_back_freed_memory
@@ -32,8 +33,6 @@ from jaxmoe.training.saving import Saver
 from jaxmoe.training.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-UNREADABLE_DIRECTORY = "unreadable_checkpoints"
 
 _SMALLEST_LIMIT = 64 * 2**20
 _DATA_FILE_BYTES = 64 * 2**20  # of OCDBT, which holds a data file in memory until it is complete

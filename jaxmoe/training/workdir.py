@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,8 +11,10 @@ from etils import epath
 
 from jaxmoe.config import ConfigError, RunConfig, TrainConfig, config_hash, to_dict
 from jaxmoe.data import DataError, content_changes
-from jaxmoe.run_files import CONFIG_FILE, DONE_FILE
+from jaxmoe.run_files import CHECKPOINT_DIRECTORY, CONFIG_FILE, DONE_FILE, RECORDS_DIRECTORY, UNREADABLE_DIRECTORY
 from jaxmoe.storage import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 Resume = Literal["auto", "force"]
 
@@ -25,8 +28,9 @@ def check_directory(
 ) -> None:
     """Checks that a run may go on in a directory; writes nothing.
 
-    A finished run stays what it was trained as, whatever `resume` says: only its evaluation and its bookkeeping may
-    change, and `train.steps` may rise.
+    A directory in which no run has reached a checkpoint or a record yet may be another configuration's: there is
+    nothing of it to go on from. A finished run stays what it was trained as, whatever `resume` says: only its
+    evaluation and its bookkeeping may change, and `train.steps` may rise.
 
     Args:
       directory: of the run; it need not be there.
@@ -39,7 +43,7 @@ def check_directory(
     """
     directory = epath.Path(directory)
     found, wanted = _stored(directory / CONFIG_FILE), _as_stored(run)
-    if found is None or not _differing(found, wanted):
+    if found is None or not _differing(found, wanted) or not _has_results(directory):
         return
     if resume != "force":
         raise ConfigError(
@@ -77,6 +81,11 @@ def claim_directory(directory: epath.PathLike, run: RunConfig) -> None:
         return
     if found is None or _differing(found, wanted):
         (directory / DONE_FILE).unlink(missing_ok=True)
+    if found is not None and _differing(found, wanted) and not _has_results(directory):
+        logger.warning(
+            "%s: no run has reached a checkpoint here; it is started anew with another configuration:\n%s",
+            directory, describe_differences(found, wanted),
+        )  # fmt: skip
     write_json(directory / CONFIG_FILE, to_dict(run))
 
 
@@ -134,6 +143,16 @@ def describe_differences(
     ]
     left_out = len(lines) - _SHOWN_DIFFERENCES
     return "\n".join(lines[:_SHOWN_DIFFERENCES] + ([f"  and {left_out} more"] if left_out > 0 else []))
+
+
+def _has_results(directory: epath.Path) -> bool:
+    """Whether anything is there that a run of another configuration would mix with its own."""
+    if (directory / DONE_FILE).exists() or (directory / UNREADABLE_DIRECTORY).exists():
+        return True
+    checkpoints, records = directory / CHECKPOINT_DIRECTORY, directory / RECORDS_DIRECTORY
+    return (checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir())) or (
+        records.exists() and any(records.glob("*.json"))
+    )
 
 
 def _stored(path: epath.Path) -> dict[str, Any] | None:

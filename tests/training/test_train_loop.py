@@ -259,6 +259,23 @@ def test_directory_of_another_configuration(undisturbed, tiny_run, replace_train
     assert (directory / "config.json").read_bytes() == before
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_is_started_anew(
+    undisturbed, tiny_run, replace_train, tmp_path, caplog
+):
+    """With the corrected configuration, and as if nothing had been there; the log says which keys differ."""
+
+    def fail():
+        raise RuntimeError("no such luck")
+
+    with pytest.raises(RuntimeError, match="no such luck"):
+        train(replace_train(tiny_run, log_every=1, checkpoint_every=20), tmp_path, on_evaluate=Evaluator(8, fail))
+    assert len(log_of(tmp_path)) == 8
+    assert train(tiny_run, tmp_path).status == "done"
+    assert "train.log_every: 1 in the folder, 2 now" in caplog.text
+    for name in ("config.json", "metrics.jsonl"):
+        assert (tmp_path / name).read_bytes() == (undisturbed[0] / name).read_bytes()
+
+
 def test_force_goes_on_with_the_other_configuration(tiny_run, replace_train, tmp_path):
     train(tiny_run, tmp_path)
     longer = replace_train(tiny_run, log_every=3)
