@@ -35,8 +35,7 @@ def describe_fit(fit: Fit, *, brief: bool = False) -> str:
             unknown += f"; {fit.operations.unknown_kernels} kernels without an estimate, not counted"
         lines.append(
             f"operations: {fit.balanced_operations:.4g} executed, {fit.model_flops:.4g} of the model "
-            f"({fit.balanced_operations / fit.model_flops:.2f} times{full}; {kernels:.0%} in Pallas kernels, by their "
-            f"estimates{unknown})"
+            f"({fit.balanced_operations / fit.model_flops:.2f} times{full}; {kernels:.0%} in Pallas kernels{unknown})"
         )
         for exchange in fit.exchanges:
             between = f", {_gib(exchange.between_slices)} of it between slices" if exchange.between_slices else ""
