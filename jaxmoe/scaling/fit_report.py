@@ -22,8 +22,9 @@ def describe_fit(fit: Fit, *, brief: bool = False) -> str:
         estimate = fit.estimate
         seconds = "" if estimate is None else f"; at least {estimate.seconds:.3g} s a step ({estimate.bound})"
         return f"{how}: {verdict}{seconds}"
+    where = f"{fit.mesh.slices} slices of {fit.topology}" if fit.mesh.slices > 1 else fit.topology
     lines = [
-        f"{fit.member}, {_STEPS[fit.what, fit.grpo]} on {fit.topology} ({fit.devices} devices): {verdict}",
+        f"{fit.member}, {_STEPS[fit.what, fit.grpo]} on {where} ({fit.devices} devices): {verdict}",
         how,
         f"memory of a device: {_gib(fit.peak)} of {_gib(fit.limit)}" + _parts(fit),
     ]
