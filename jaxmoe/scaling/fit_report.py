@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxmoe.scaling.fit import Fit
-from jaxmoe.scaling.topologies import GIB
+from jaxmoe.scaling.topologies import CHIPS, GIB
 
 _STEPS = {
     ("train", False): "train step",
@@ -22,8 +22,9 @@ def describe_fit(fit: Fit, *, brief: bool = False) -> str:
         estimate = fit.estimate
         seconds = "" if estimate is None else f"; at least {estimate.seconds:.3g} s a step ({estimate.bound})"
         return f"{how}: {verdict}{seconds}"
+    where = f"{fit.mesh.slices} slices of {fit.topology}" if fit.mesh.slices > 1 else fit.topology
     lines = [
-        f"{fit.member}, {_STEPS[fit.what, fit.grpo]} on {fit.topology} ({fit.devices} devices): {verdict}",
+        f"{fit.member}, {_STEPS[fit.what, fit.grpo]} on {where} ({fit.devices} devices): {verdict}",
         how,
         f"memory of a device: {_gib(fit.peak)} of {_gib(fit.limit)}" + _parts(fit),
     ]
@@ -35,11 +36,11 @@ def describe_fit(fit: Fit, *, brief: bool = False) -> str:
             unknown += f"; {fit.operations.unknown_kernels} kernels without an estimate, not counted"
         lines.append(
             f"operations: {fit.balanced_operations:.4g} executed, {fit.model_flops:.4g} of the model "
-            f"({fit.balanced_operations / fit.model_flops:.2f} times{full}; {kernels:.0%} in Pallas kernels, by their "
-            f"estimates{unknown})"
+            f"({fit.balanced_operations / fit.model_flops:.2f} times{full}; {kernels:.0%} in Pallas kernels{unknown})"
         )
+        parts = "slices" if CHIPS[fit.topology.partition(":")[0]].platform == "tpu" else "nodes"
         for exchange in fit.exchanges:
-            between = f", {_gib(exchange.between_slices)} of it between slices" if exchange.between_slices else ""
+            between = f", {_gib(exchange.between_slices)} of it between {parts}" if exchange.between_slices else ""
             lines.append(f"exchange: {exchange.kind} x {exchange.count}, {_gib(exchange.bytes)} a device{between}")
         estimate = fit.estimate.summary(fit)
         lines.append(
@@ -59,4 +60,4 @@ def _parts(fit: Fit) -> str:
 
 
 def _gib(count: int) -> str:
-    return f"{count / GIB:.3g} GiB" if count >= 1 << 20 else f"{count / 1024:.3g} KiB"
+    return f"{count / GIB:.3g} GiB" if count >= 1 << 20 else f"{count / 1024:.4g} KiB"

@@ -128,16 +128,18 @@ def expected_bytes(plan: RunConfig) -> int:
 def expected_seconds(plan: RunConfig, topology: Topology) -> tuple[float, float]:
     """An update's compute and exchange at the makers' rates without compiling it: to put plans in order.
 
-    Computed are the model's products and those that the remat policy repeats. Received are the parameters, from the
-    other `fsdp` devices for every micro-batch, twice where they are gathered again to recompute; their gradients, once
-    each micro-batch; and the routed rows, there and back in every pass (docs/distributed.md).
+    Computed are the model's products, those that the remat policy repeats and, of several micro-batches, one forward
+    pass more (`jaxmoe.training.step.accumulated_sums`). Received are the parameters, from the other `fsdp` devices for
+    every micro-batch, once more for each time that they are gathered again to recompute; their gradients, once each
+    micro-batch; and the routed rows, there and back in every pass (docs/distributed.md).
     """
     mesh, model, train = plan.mesh, plan.model, plan.train
     flops = flops_per_token(model, train.sequence_length)
     tokens = plan.rows_per_update * train.sequence_length / len(topology.devices)
     repeated = {"none": 0, "dots": flops.components["experts"] + flops.components["attention"], "full": flops.forward}
-    compute = tokens * (flops.training + repeated[model.remat]) / topology.chip.flops
-    passes = 1 if model.remat == "none" else 2
+    again = plan.grpo is None and train.gradient_accumulation > 1
+    compute = tokens * (flops.training + repeated[model.remat] + again * flops.forward) / topology.chip.flops
+    passes = 1 + (model.remat != "none") + again
     received = train.gradient_accumulation * (1 - 1 / mesh.fsdp) * _gathered(plan) * (passes * _size(model) + 4)
     if model.num_moe_layers:
         routed = tokens * model.num_moe_layers * model.moe.experts_per_token * model.width * _size(model)

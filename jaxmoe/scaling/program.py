@@ -36,7 +36,7 @@ class Operations:
 
     Attributes:
       products: of matrix products.
-      kernels: of Pallas kernels other than the experts', by their own estimates.
+      kernels: of Pallas kernels other than the experts', by their own estimates or, of attention's, by their shapes.
       experts: of the Pallas kernels of `pallas_kernels`, by their own estimates, which count all rows that there is
         room for and the most tiles that a routing can touch.
       unknown_loops: loops whose trips the program does not say; each body is counted once.
@@ -112,13 +112,31 @@ def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
                 yield each
 
 
+_ATTENTION = {
+    "splash_mha_fwd": (2, -2, -1), "splash_mha_dkv": (4, -2, -1), "splash_mha_dq": (3, -2, -1),
+    "mha_forward": (2, -3, 0), "mha_preprocess_backward": (0, -3, 0), "mha_backward": (7, -3, -1),
+}  # fmt: skip
+"""Of JAX's causal attention kernels, which give no estimate, by how their names begin: products of each pair of a query
+and a key; the axis of the keys' positions; the axis of the grid that counts blocks of a row."""
+
+
 def _kernel(equation: Any) -> Operations:
     estimate = equation.params.get("cost_estimate")
-    if estimate is None:
-        return Operations(unknown_kernels=1)
-    flops = int(estimate.flops)
     name = getattr(equation.params.get("name_and_src_info"), "name", None) or equation.params.get("name") or ""
+    if estimate is None:
+        kind = next((kind for kind in _ATTENTION if name.startswith(kind)), None)
+        return Operations(unknown_kernels=1) if kind is None else Operations(kernels=_attention(equation, kind))
+    flops = int(estimate.flops)
     return Operations(experts=flops) if name.endswith(("_tpu", "_gpu")) else Operations(kernels=flops)
+
+
+def _attention(equation: Any, kind: str) -> int:
+    """Of the blocks that a causal mask leaves: of n x n blocks of pairs (n + 1) n / 2."""
+    products, positions, rows = _ATTENTION[kind]
+    arrays = (each.aval for each in equation.invars if each.aval.ndim >= 3)  # a batch of one has no axis
+    query, key, *_ = (array for array in arrays if np.dtype(array.dtype).kind not in "iu")
+    blocks = equation.params["grid_mapping"].grid[rows]
+    return products * math.prod(query.shape) * key.shape[positions] * (blocks + 1) // blocks
 
 
 def _product(equation: Any) -> int:

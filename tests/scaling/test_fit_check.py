@@ -86,7 +86,7 @@ def test_a_step_on_a_tpu_slice(name):
     assert "ragged-all-to-all" in kinds
     assert all(exchange.between_slices == 0 for exchange in fit.exchanges)
     assert 0.7 < fit.operations.total / fit.model_flops < 2
-    assert fit.operations.unknown_loops == 0
+    assert (fit.operations.unknown_loops, fit.operations.unknown_kernels) == (0, 0)
     assert "fits" in describe_fit(fit)
     summary = json.loads(json.dumps(fit.summary()))
     assert summary["mesh"] == {"fsdp": 2, "expert": 2}
@@ -98,6 +98,7 @@ def test_bytes_between_slices():
     fit = check_fit(run, topology_of("v5e:2x2", slices=2))
     assert sum(exchange.between_slices for exchange in fit.exchanges) > 0
     assert sum(exchange.between_slices for exchange in fit.exchanges) < sum(each.bytes for each in fit.exchanges)
+    assert "train step on 2 slices of v5e:2x2 (8 devices): fits" in describe_fit(fit)
 
 
 def test_a_chip_of_v4_is_one_device():

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxmoe.layers.flash_attention import splash_attention, triton_attention
 from jaxmoe.scaling.program import Exchange, count_operations, exchanges
+from pallas_kernels import execution
 
 
 def operations(function, *arguments):
@@ -54,6 +56,27 @@ def test_a_program_of_one_device_counts_for_each():
     arguments = jax.ShapeDtypeStruct((8, 3), jnp.float32), jax.ShapeDtypeStruct((3, 5), jnp.float32)
     with jax.sharding.use_abstract_mesh(mesh):
         assert count_operations(jax.make_jaxpr(spread)(*arguments)).total == 2 * 8 * 3 * 5
+
+
+@pytest.mark.parametrize(
+    ("chip", "attention", "block", "batch"),
+    [("v5p", splash_attention, 512, 3), ("v5p", splash_attention, 512, 1), ("h100", triton_attention, 128, 1)],
+)
+def test_attention_kernels_count_the_blocks_that_a_causal_mask_leaves(chip, attention, block, batch):
+    """Two products forward and, since both backward kernels need the scores, seven backward."""
+    query, key = jnp.ones((batch, 2, 2, 1024, 128), jnp.bfloat16), jnp.ones((batch, 2, 1024, 128), jnp.bfloat16)
+    groups = jnp.zeros((batch, 1024), jnp.int32)
+
+    def loss(query, key, value):
+        return attention(query, key, value, groups).astype(jnp.float32).sum()
+
+    with execution.compiling_for(chip):
+        forward = count_operations(jax.make_jaxpr(loss)(query, key, key))
+        both = count_operations(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(query, key, key))
+    product = 2 * batch * 4 * 1024 * 1024 * 128  # of all pairs
+    assert forward.total == 2 * product * (1 + block / 1024) / 2
+    assert 9 * product / 2 < both.kernels <= 9 * product * (1 + block / 1024) / 2
+    assert both.unknown_kernels == 0
 
 
 HLO = """HloModule jit_step, is_scheduled=true
