@@ -3,6 +3,7 @@
     python -m pallas_kernels.compile_all                  # every kernel and layer, shape, dtype and chip: hours
     python -m pallas_kernels.compile_all --sample         # the corners of the shapes: minutes a chip
     python -m pallas_kernels.compile_all --chip=v5p --json
+    python -m pallas_kernels.compile_all --chip=h100 --alone --largest    # the most that each kernel takes
 
 One line for each kernel and chip: what the compiler says of its FLOPs, bytes and memory. None of it is measured. The
 exit status is 1 if something does not compile, 2 if a compiler is missing. What is more than one device's memory is
@@ -11,12 +12,14 @@ named, and no failure.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import re
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +52,7 @@ class Result:
       temporary_bytes: device memory beside arguments and results.
       registers: the most per thread of a kernel; GPU only.
       spilled_bytes: per thread, of registers written to memory and read back; GPU only.
+      kernels: the fast memory (None where it is not known) and registers (None on TPU) of the call's kernels by name.
     """
 
     chip: str
@@ -66,6 +70,7 @@ class Result:
     temporary_bytes: int = 0
     registers: int | None = None
     spilled_bytes: int | None = None
+    kernels: dict[str, tuple[int | None, int | None]] = dataclasses.field(default_factory=dict)
 
 
 def traced(case: cases.Case, chip: str) -> jax.stages.Traced:
@@ -107,30 +112,50 @@ def planned(jaxpr: Jaxpr) -> tuple[float, float]:
 
 
 def vmem_of_kernels(program: str) -> dict[str, int]:
-    """Bytes of VMEM that Mosaic gives each kernel, from a compiled TPU program's text."""
+    """Bytes of VMEM that Mosaic gives each kernel, from a compiled TPU program's text.
+
+    XLA may hold whole arrays in VMEM from one kernel to the next. Then a kernel's memory begins behind them, and what
+    the program calls used counts from the start.
+    """
     found = {}
     for line in program.splitlines():
         name = re.search(r"%(\w+?)(?:\.\d+)? = ", line)
         if 'custom_call_target="tpu_custom_call"' in line and name:
+            given = re.search(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"(\d+)"', line)
             used = line.partition('"used_scoped_memory_configs":')[2].partition("]")[0]
             sizes = [int(size) for size in re.findall(r'"memory_space":"1".*?"size":"(\d+)"', used)]
-            found[name[1]] = max(found.get(name[1], 0), *sizes, 0)
+            own = max(sizes, default=0) - int(given[1] if given else 0)
+            found[name[1]] = max(found.get(name[1], 0), own)
     return found
 
 
-def _figures(before: jax.stages.Lowered, chip: str) -> dict[str, int]:
+def _figures(before: jax.stages.Lowered, chip: str) -> dict[str, Any]:
     """Compiles, and reads what the chip's compiler says of memory and registers."""
+    kernels: dict[str, tuple[int | None, int | None]] = {}
+    spilled = {}
     if CHIPS[chip] == "gpu":
-        program, kernels = resources(before)
-        fast = {
-            "fast_memory_bytes": max((kernel.shared_bytes or 0 for kernel in kernels), default=0),
-            "registers": max((kernel.registers for kernel in kernels), default=0),
-            "spilled_bytes": sum(kernel.spill_stores + kernel.spill_loads for kernel in kernels),
-        }
+        program, found = resources(before)
+        for kernel in found:
+            most = most_of(kernels.get(kernel.kernel), (kernel.shared_bytes, kernel.registers))
+            kernels[kernel.kernel] = most
+        spilled = {"spilled_bytes": sum(kernel.spill_stores + kernel.spill_loads for kernel in found)}
     else:
         program = before.compile()
-        fast = {"fast_memory_bytes": max(vmem_of_kernels(program.as_text()).values(), default=0)}
-    return fast | {"temporary_bytes": program.memory_analysis().temp_size_in_bytes}
+        kernels = {name: (size, None) for name, size in vmem_of_kernels(program.as_text()).items()}
+    fast, registers = functools.reduce(most_of, kernels.values(), (None, None))
+    return spilled | {
+        "kernels": kernels,
+        "fast_memory_bytes": fast or 0,
+        "registers": registers,
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def most_of(
+    one: tuple[int | None, int | None] | None, other: tuple[int | None, int | None]
+) -> tuple[int | None, int | None]:
+    """Of each figure the larger one, or the one that is known."""
+    return tuple(max(pair, key=lambda figure: figure or -1) for pair in zip(one or other, other, strict=True))
 
 
 def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Result:
@@ -166,16 +191,19 @@ def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Re
     )
 
 
-def results(chips: list[str], shapes: list[cases.Shape], dtypes: list[str]) -> Iterator[Result]:
-    """Compiles everything; what several shapes have in common once."""
+def results(
+    chips: list[str], shapes: list[cases.Shape], dtypes: list[str], *, layers: bool = True
+) -> Iterator[Result]:
+    """Compiles everything, or all but the layers; what several shapes have in common once."""
     for chip in chips:
         targets.mesh_of(chip)
         target = Target(CHIPS[chip], chip=chip)
         done = set()
         for dtype in dtypes:
             for shape in shapes:
-                kernel_cases = cases.kernel_cases(shape, jnp.dtype(dtype), target)
-                for case in (*kernel_cases, *cases.layer_cases(shape, jnp.dtype(dtype), target)):
+                every = cases.kernel_cases(shape, jnp.dtype(dtype), target)
+                every += cases.layer_cases(shape, jnp.dtype(dtype), target) if layers else []
+                for case in every:
                     key = (case.kernel, *((like.shape, like.dtype) for like in case.arguments.values()))
                     if key not in done:
                         done.add(key)
@@ -228,6 +256,32 @@ def markdown(every: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def largest(every: list[Result]) -> str:
+    """A table with a row for each kernel by its own name and a column for each chip and dtype.
+
+    A cell holds the most registers a thread (GPU) and the most KiB of fast memory that any of the calls needs.
+    """
+    columns = list(dict.fromkeys((result.chip, result.dtype) for result in every))
+    rows: dict[str, dict[tuple[str, str], tuple[int | None, int | None]]] = {}
+    for result in every:
+        for kernel, figures in result.kernels.items():
+            row = rows.setdefault(kernel, {})
+            row[result.chip, result.dtype] = most_of(row.get((result.chip, result.dtype)), figures)
+
+    def cell(figures: tuple[int | None, int | None] | None) -> str:
+        if figures is None:
+            return ""
+        fast, registers = figures
+        said = "not said" if fast is None else f"{fast / 2**10:.0f} KiB"
+        return said if registers is None else f"{registers} · {said}"
+
+    heads = " | ".join(f"{chip}, {dtype}" for chip, dtype in columns)
+    lines = [f"| kernel | {heads} |", "| --- " * (1 + len(columns)) + "|"]
+    for kernel, row in rows.items():
+        lines.append(f"| `{kernel}` | {' | '.join(cell(row.get(column)) for column in columns)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     chips = [chip for chip, backend in CHIPS.items() if backend in PLATFORMS]
@@ -236,9 +290,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this dtype; may be given again")
     parser.add_argument("--sample", action="store_true", help="a few shapes in place of all")
     parser.add_argument("--shape", action="append", metavar="T,K,E,D,F", help="this shape; may be given again")
+    parser.add_argument("--alone", action="store_true", help="the kernels, without whole layers")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object with `results`")
     output.add_argument("--markdown", action="store_true", help="a table for the documentation")
+    output.add_argument("--largest", action="store_true", help="a table of the most that each kernel takes")
     options = parser.parse_args(arguments)
     shapes = cases.SAMPLE if options.sample else [*cases.STUDY, *cases.FINE_GRAINED]
     if options.shape:
@@ -250,9 +306,11 @@ def main(arguments: list[str] | None = None) -> int:
     missing = []
     for chip in options.chip or chips:
         try:
-            for result in results([chip], shapes, options.dtype or list(DTYPES)):
+            for result in results(
+                [chip], shapes, options.dtype or list(DTYPES), layers=not options.alone
+            ):
                 every.append(result)
-                if not options.json and not options.markdown:
+                if not (options.json or options.markdown or options.largest):
                     print(line_of(result), flush=True)
         except targets.CompilerMissing as error:
             missing.append(str(error))
@@ -261,6 +319,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"results": [dataclasses.asdict(result) for result in every], "missing": missing}))
     elif options.markdown:
         print(markdown(every))
+    elif options.largest:
+        print(largest(every))
     for message in missing:
         print(message, file=sys.stderr)
     too_large = [result for result in every if result.too_large]

@@ -121,6 +121,26 @@ class RowFetcher:
 
         jax.lax.fori_loop(0, self._buffer.shape[1], done, None)
 
+    def blocks_in_turn(self, index, next_index) -> jax.Array:
+        """The slot with this block's rows, while those of the next are on their way; along the first axis of a grid.
+
+        Args:
+          index, next_index: the rows of this block and of the next, as `index_blocks` streams them.
+        """
+        block = pl.program_id(0)
+        slot = jax.lax.rem(block, 2)
+
+        @pl.when(block == 0)
+        def _():
+            self.start(index, slot)
+
+        @pl.when(block + 1 < pl.num_programs(0))
+        def _():
+            self.start(next_index, 1 - slot)
+
+        self.wait(slot)
+        return slot
+
 
 def pad_to(array: jax.Array, length: int) -> jax.Array:
     """A 1-D array with zeros up to a length."""
@@ -130,3 +150,11 @@ def pad_to(array: jax.Array, length: int) -> jax.Array:
 def index_block(block: int, index_map) -> pl.BlockSpec:
     """Indices streamed through scalar memory, which is too small to hold all of them."""
     return pl.BlockSpec((block,), index_map, memory_space=pltpu.SMEM)
+
+
+def index_blocks(block: int, blocks: int) -> list[pl.BlockSpec]:
+    """Of the same indices twice: this block's, and the next one's where there is one; one scalar is prefetched."""
+    return [
+        index_block(block, lambda i, _: (i,)),
+        index_block(block, lambda i, _: (jnp.minimum(i + 1, blocks - 1),)),
+    ]

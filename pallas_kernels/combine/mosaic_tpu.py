@@ -53,19 +53,8 @@ COMBINE = Tiling("combine", Tile, combine_tile, _fitted)
 
 def _kernel(num_routed, index, next_index, inverse, *arguments, experts_per_token, width, weighted):
     gate, rows, out, buffer, semaphore = arguments if weighted else (None, *arguments)
-    block, size = pl.program_id(0), out.shape[0]
-    fetcher = mosaic.RowFetcher(rows, buffer, semaphore)
-    slot = jax.lax.rem(block, 2)
-
-    @pl.when(block == 0)
-    def _():
-        fetcher.start(index, slot)
-
-    @pl.when(block + 1 < pl.num_programs(0))
-    def _():
-        fetcher.start(next_index, 1 - slot)
-
-    fetcher.wait(slot)
+    size = out.shape[0]
+    slot = mosaic.RowFetcher(rows, buffer, semaphore).blocks_in_turn(index, next_index)
     total = jnp.zeros(out.shape, jnp.float32)
     for j in range(experts_per_token):
         taken = mosaic.from_lanes(buffer[slot, j * size : (j + 1) * size], width).astype(jnp.float32)
@@ -110,8 +99,7 @@ def sum_rows(
             num_scalar_prefetch=1,
             grid=(blocks,),
             in_specs=[
-                mosaic.index_block(stride, lambda i, _: (i,)),
-                mosaic.index_block(stride, lambda i, _: (jnp.minimum(i + 1, blocks - 1),)),
+                *mosaic.index_blocks(stride, blocks),
                 per_token,
                 *([per_token] if weighted else []),
                 pl.BlockSpec(memory_space=pl.ANY),

@@ -53,21 +53,9 @@ DISPATCH = Tiling("dispatch", Tile, dispatch_tile, _fitted)
 
 
 def _kernel(num_routed, index, next_index, x, out, buffer, semaphore, *, width):
-    block = pl.program_id(0)
-    fetcher = mosaic.RowFetcher(x, buffer, semaphore)
-    slot = jax.lax.rem(block, 2)
-
-    @pl.when(block == 0)
-    def _():
-        fetcher.start(index, slot)
-
-    @pl.when(block + 1 < pl.num_programs(0))
-    def _():
-        fetcher.start(next_index, 1 - slot)
-
-    fetcher.wait(slot)
+    slot = mosaic.RowFetcher(x, buffer, semaphore).blocks_in_turn(index, next_index)
     rows = mosaic.from_lanes(buffer[slot], width)
-    first = block * buffer.shape[1]
+    first = pl.program_id(0) * buffer.shape[1]
     row = first + jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0)
     out[...] = jnp.where(row < num_routed[0], rows.astype(jnp.float32), 0).astype(out.dtype)
 
@@ -96,8 +84,7 @@ def gather_tokens(x: jax.Array, token: jax.Array, num_routed: jax.Array, target:
             num_scalar_prefetch=1,
             grid=(blocks,),
             in_specs=[
-                mosaic.index_block(block, lambda i, _: (i,)),
-                mosaic.index_block(block, lambda i, _: (jnp.minimum(i + 1, blocks - 1),)),
+                *mosaic.index_blocks(block, blocks),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=pl.BlockSpec((block, width), lambda i, _: (i, 0)),

@@ -23,6 +23,7 @@ SHAPES = {
     "study": (4096, 2, 64, 1024, 2048),
     "one_expert_each": (4096, 2, 8, 512, 1024),
     "few_experts": (16384, 2, 8, 1024, 2048),
+    "many_experts": (2048, 2, 128, 1024, 2048),
     "fine_grained": (4096, 8, 256, 2048, 128),
     "odd": (1000, 3, 8, 200, 136),
 }
@@ -58,7 +59,7 @@ def traced_layer(shape, dtype=jnp.bfloat16, recompute=False, chip="h100"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "many_experts"])
 def test_the_layer_compiles_and_every_kernel_fits_its_registers(shape, dtype):
     _, kernels = resources(traced_layer(shape, dtype).lower())
     names = {kernel.kernel for kernel in kernels}
@@ -125,11 +126,12 @@ def test_the_compiled_layer_wastes_nothing(shape):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", ["few_experts", "many_experts", "fine_grained"])
 @pytest.mark.parametrize(("recompute", "share"), [(False, 1.25), (True, 0.6)])
-def test_the_layer_holds_what_it_is_defined_by(recompute, share):
-    """Temporary memory against saved inputs and routed activations (docs/kernels.md), where those outweigh weights."""
-    tokens, k, _, width, hidden = SHAPES["few_experts"]
-    compiled = traced_layer("few_experts", recompute=recompute).lower().compile()
+def test_the_layer_holds_what_it_is_defined_by(shape, recompute, share):
+    """Temporary memory against saved inputs and routed activations (docs/kernels.md)."""
+    tokens, k, _, width, hidden = SHAPES[shape]
+    compiled = traced_layer(shape, recompute=recompute).lower().compile()
     numbers = tokens * width + tokens * k * (2 * width + 3 * hidden)
     assert compiled.memory_analysis().temp_size_in_bytes <= share * 2 * numbers
 

@@ -22,6 +22,7 @@ SHAPES = {
     "odd": cases.Shape(1000, 3, 8, 200, 136),
     "two_tokens": cases.Shape(2, 1, 4, 128, 128),
     "few_experts": cases.Shape(16384, 2, 8, 1024, 2048),  # the weights' gradients lend little room to what is temporary
+    "many_experts": cases.Shape(2048, 2, 128, 1024, 2048),
 }
 
 
@@ -33,6 +34,13 @@ def compiled_layer(chip, shape, dtype="bfloat16", recompute=False):
         return compile_all.lowered(case, chip).compile()
     except targets.CompilerMissing as error:
         pytest.skip(str(error))
+
+
+def holds_at_most(share, compiled, shape):
+    """Temporary memory against saved inputs and routed activations, the formula of docs/kernels.md."""
+    tokens, k, _, width, hidden = SHAPES[shape]
+    activations = 2 * (tokens * width + tokens * k * (2 * width + 3 * hidden))
+    return compiled.memory_analysis().temp_size_in_bytes <= share * activations
 
 
 @pytest.mark.slow
@@ -58,10 +66,11 @@ def test_the_layer_compiles_forward_and_backward(chip, shape, dtype, recompute):
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 @pytest.mark.parametrize("shape", ["study", "fine_grained", "few_experts"])
 def test_the_compiled_layer_wastes_nothing(chip, shape):
-    """No scatter, no transposed or float32 copy of a weight, and the FLOPs of the rows that there are."""
+    """No scatter, no transposed or float32 copy of a weight, FLOPs and memory of the rows that there are."""
     tokens, k, experts, width, hidden = SHAPES[shape]
     compiled = compiled_layer(chip, shape)
     program = compiled.as_text()
+    assert holds_at_most(1.25, compiled, shape)
     assert not re.search(r"= \S+ scatter\(", program)
     for a, b in ((width, 2 * hidden), (hidden, width)):
         assert f"f32[{experts},{a},{b}]" not in program
@@ -74,14 +83,12 @@ def test_the_compiled_layer_wastes_nothing(chip, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
-def test_the_layer_holds_its_routed_activations_and_little_more(chip):
-    """The formula of docs/kernels.md."""
-    tokens, k, _, width, hidden = SHAPES["few_experts"]
-    activations = 2 * (tokens * width + tokens * k * (2 * width + 3 * hidden))
+@pytest.mark.parametrize(
+    ("chip", "shape"), [*((chip, "few_experts") for chip in ("v5e", "v5p", "v6e", "tpu7x")), ("v6e", "many_experts")]
+)
+def test_the_layer_holds_its_routed_activations_and_little_more(chip, shape):
     for recompute, share in ((False, 1.25), (True, 0.6)):
-        compiled = compiled_layer(chip, "few_experts", recompute=recompute)
-        assert compiled.memory_analysis().temp_size_in_bytes <= share * activations
+        assert holds_at_most(share, compiled_layer(chip, shape, recompute=recompute), shape)
 
 
 @pytest.mark.slow
@@ -157,6 +164,34 @@ def test_each_kernel_compiles_alone_within_its_memory(chip, dtype):
             assert result.executed_flops >= result.active_flops
             if shape is SHAPES["fine_grained"]:  # all of it in kernels
                 assert result.bytes_accessed > 0.9 * result.least_bytes
+
+
+def test_arrays_that_xla_holds_in_vmem_are_no_kernels():
+    """Then a kernel's memory begins behind them."""
+    line = (
+        '%moe_up_tpu.3 = bf16[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={'
+        '"scoped_memory_configs":[{"memory_space":"1","offset":"OFFSET","size":"64"}],'
+        '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"48"}]}\n'
+    )
+    assert compile_all.vmem_of_kernels(line.replace("OFFSET", "0")) == {"moe_up_tpu": 48}
+    assert compile_all.vmem_of_kernels(line.replace("OFFSET", "16")) == {"moe_up_tpu": 32}
+
+
+def test_the_most_that_each_kernel_takes():
+    """Of all calls of one chip and dtype; what is not known is less than all that is."""
+    calls = (
+        ("h100", {"a_gpu": (1024, 40), "b_gpu": (None, 154)}),
+        ("h100", {"a_gpu": (512, 48)}),
+        ("v5e", {"a_tpu": (2048, None)}),
+    )
+    every = [compile_all.Result(chip, "call", (1,), "bfloat16", kernels=kernels) for chip, kernels in calls]
+    assert compile_all.largest(every).splitlines() == [
+        "| kernel | h100, bfloat16 | v5e, bfloat16 |",
+        "| --- | --- | --- |",
+        "| `a_gpu` | 48 · 1 KiB |  |",
+        "| `b_gpu` | 154 · not said |  |",
+        "| `a_tpu` |  | 2 KiB |",
+    ]
 
 
 @pytest.mark.slow
