@@ -40,6 +40,9 @@ class Tiling:
 _CACHED_WEIGHTS = 2**16
 """Numbers of one expert's weights up to which copying them for a block is cheap beside multiplying with them."""
 
+_MANY_ROWS = 64
+"""Rows an expert up to which its window is no larger than the mean: the deviation would be an eighth of it or more."""
+
 
 def tiling_for(num_rows: int, num_experts: int, weights_per_expert: int) -> Tiling:
     """Window and block for N rows over E experts of so many weights.
@@ -53,8 +56,9 @@ def tiling_for(num_rows: int, num_experts: int, weights_per_expert: int) -> Tili
     """
     mean = num_rows / num_experts
     large = weights_per_expert > _CACHED_WEIGHTS
-    window = min(math.ceil(mean + (math.sqrt(mean) if large else 0)), num_rows) if mean >= 1 else 0
-    limits = ((64, 64), (48, 32), (9, 16), (0, 8)) if large else ((129, 64), (25, 32), (9, 16), (0, 8))
+    spare = math.sqrt(mean) if large and mean > _MANY_ROWS else 0
+    window = min(math.ceil(mean + spare), num_rows) if mean >= 1 else 0
+    limits = ((_MANY_ROWS + 1, 64), (48, 32), (9, 16), (0, 8)) if large else ((129, 64), (25, 32), (9, 16), (0, 8))
     block = next(size for least, size in limits if mean >= least)
     batch = 4 if large or block == 64 else 8
     blocks = most_blocks(num_rows, num_experts, window, block)

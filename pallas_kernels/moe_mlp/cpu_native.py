@@ -48,7 +48,8 @@ def _backward(recompute, residuals, y_gradient):
         "Backward",
         (x.shape, gate.shape, w_gate_up.shape, w_down.shape, (rows, 2 * hidden), (rows, hidden), (rows, width)),
         x, y_gradient, gate.astype(jnp.float32), plan.order, plan.inverse, plan.group_offsets, of_rows, w_gate_up,
-        w_down, past_cache=np.bool_(w_gate_up.size + w_down.size >= native.CACHED_NUMBERS),
+        w_down, in_place={6: 4},  # the hidden layer becomes its gradient
+        past_cache=np.bool_(w_gate_up.size + w_down.size >= native.CACHED_NUMBERS),
     )  # fmt: skip
     return x_gradient, None, gate_gradient.astype(gate.dtype), w_gate_up_gradient, w_down_gradient
 

@@ -10,15 +10,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.expert_products import bits, outer_product, product, product_transposed
 from pallas_kernels.gather import take, take_valid
 from pallas_kernels.moe_mlp import elementwise
 from pallas_kernels.plan import Plan
 from pallas_kernels.varying import zeros
 from pallas_kernels.windows import Layout, Rows, add_at, collect, layout_of
-
-
-def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
 def _swiglu(hidden: jax.Array) -> jax.Array:
@@ -36,6 +33,9 @@ def _layout(plan: Plan, w_down: jax.Array, recompute: bool) -> Layout:
 _MANY_NUMBERS = 2**23
 """Numbers in the rows' arrays from which on windows are taken part by part: 32 MiB in float32."""
 
+_CACHED_NUMBERS = 2**21
+"""Weights converted to float32 at a time, where they are to be: 8 MiB."""
+
 
 def _num_parts(recompute: bool, plan: Plan, w_down: jax.Array) -> int:
     """How many parts of the experts are to be taken one after the other.
@@ -43,13 +43,15 @@ def _num_parts(recompute: bool, plan: Plan, w_down: jax.Array) -> int:
     A part's weights are copied, and its gradients are held beside those of all. So there are more parts the more the
     weights weigh beside the rows' arrays (as the layer is defined: (N, D) twice and (N, F) thrice), and more with
     `recompute`, where less is held beside them. Without it they cost a tenth to a sixth of the time: one part does
-    where the rows' arrays are small, or small beside the weights.
+    where the rows' arrays are small, or small beside the weights. XLA:CPU multiplies bfloat16 in float32: there
+    parts are what the cache holds, a quarter of the experts at most, since a part's weights are converted.
     """
     experts, hidden, width = w_down.shape
     rows, weights = plan.num_rows * (2 * width + 3 * hidden), 3 * experts * hidden * width
+    least = 1 if w_down.dtype == jnp.float32 else min(experts, max(4, weights // _CACHED_NUMBERS))
     if recompute:
-        return 8 + 12 * weights // rows
-    return 4 + 4 * weights // rows if rows >= max(_MANY_NUMBERS, 2 * weights // 3) else 1
+        return max(least, 8 + 12 * weights // rows)
+    return max(least, 4 + 4 * weights // rows) if rows >= max(_MANY_NUMBERS, 2 * weights // 3) else least
 
 
 def _part_size(experts: int, parts: int) -> int:
@@ -90,8 +92,8 @@ def _tokens(plan: Plan, rows: Rows) -> tuple[jax.Array, jax.Array]:
 
 def _experts(x_rows, w_gate_up, w_down):
     """(G, R, D) rows through G experts: hidden (G, R, 2F) in the dtype of x, output (G, R, D) float32."""
-    hidden = _einsum("ecd,edf->ecf", x_rows, w_gate_up).astype(x_rows.dtype)
-    return hidden, _einsum("ecf,efd->ecd", _swiglu(hidden).astype(x_rows.dtype), w_down)
+    hidden = product(x_rows, w_gate_up).astype(x_rows.dtype)
+    return hidden, product(_swiglu(hidden).astype(x_rows.dtype), w_down)
 
 
 def _experts_backward(x_rows, y_gradient, gate, hidden, w_gate_up, w_down):
@@ -102,11 +104,11 @@ def _experts_backward(x_rows, y_gradient, gate, hidden, w_gate_up, w_down):
       gate: (G, R) float32.
       hidden: (G, R, 2F), before the nonlinearity.
     """
-    from_output = _einsum("ecd,efd->ecf", y_gradient, w_down)
+    from_output = product_transposed(y_gradient, w_down)
     weighted, hidden_gradient, gate_gradient = elementwise.hidden_gradient(hidden, from_output, gate)
-    w_down_gradient = _einsum("ecf,ecd->efd", weighted, y_gradient)
-    x_gradient = _einsum("ecf,edf->ecd", hidden_gradient, w_gate_up)
-    w_gate_up_gradient = _einsum("ecd,ecf->edf", x_rows, hidden_gradient)
+    w_down_gradient = outer_product(weighted, y_gradient)
+    x_gradient = product_transposed(hidden_gradient, w_gate_up)
+    w_gate_up_gradient = outer_product(x_rows, hidden_gradient)
     return x_gradient, gate_gradient, w_gate_up_gradient, w_down_gradient
 
 
@@ -126,18 +128,19 @@ def moe_mlp(
 def _forward(recompute, x, plan, gate, w_gate_up, w_down):
     layout = _layout(plan, w_down, recompute)
     rows, parts = layout.windows(), _num_parts(recompute, plan, w_down)
+    bits_in, bits_out = bits(w_gate_up), bits(w_down)
 
     def window(rows, w_in, w_out):
         return _experts(take_valid(x, _tokens(plan, rows)[1], rows.valid), w_in, w_out)
 
     if recompute:
-        hidden, window_out = None, _in_parts(parts, lambda *part: window(*part)[1], rows, w_gate_up, w_down)
+        hidden, window_out = None, _in_parts(parts, lambda *part: window(*part)[1], rows, bits_in, bits_out)
     else:
-        hidden, window_out = _in_parts(parts, window, rows, w_gate_up, w_down)
+        hidden, window_out = _in_parts(parts, window, rows, bits_in, bits_out)
 
     def overflow(expert, rows, slot, block_out):
         x_rows = take_valid(x, _tokens(plan, rows)[1], rows.valid)
-        _, out = _experts(x_rows, take(w_gate_up, expert), take(w_down, expert))
+        _, out = _experts(x_rows, take(bits_in, expert), take(bits_out, expert))
         return jax.lax.dynamic_update_slice_in_dim(block_out, out.reshape(-1, out.shape[-1]), slot, axis=0)
 
     block_out = layout.for_blocks(overflow, zeros((layout.block_capacity, x.shape[1]), jnp.float32, window_out))
@@ -162,26 +165,27 @@ def _backward(recompute, residuals, y_gradient):
 
     def again(rows, w_in, w_out):
         x_rows, y_rows, row_gate = gathered(rows)
-        hidden = _einsum("ecd,edf->ecf", x_rows, w_in).astype(x.dtype)
+        hidden = product(x_rows, w_in).astype(x.dtype)
         return _experts_backward(x_rows, y_rows, row_gate, hidden, w_in, w_out)
 
     windows, parts = layout.windows(), _num_parts(recompute, plan, w_down)
+    bits_in, bits_out = bits(w_gate_up), bits(w_down)
     if recompute:
-        of_windows = _in_parts(parts, again, windows, w_gate_up, w_down)
+        of_windows = _in_parts(parts, again, windows, bits_in, bits_out)
     else:
         of_windows = _in_parts(
             parts,
             lambda rows, *part: _experts_backward(*gathered(rows), *part),
             windows,
             hidden,
-            w_gate_up,
-            w_down,
+            bits_in,
+            bits_out,
         )
     window_x, window_gate, *weight_gradients = of_windows
 
     def overflow(expert, rows, slot, carry):
         block_x, block_gate, weight_gradients = carry
-        x_part, gate_part, *weight_parts = again(rows, take(w_gate_up, expert), take(w_down, expert))
+        x_part, gate_part, *weight_parts = again(rows, take(bits_in, expert), take(bits_out, expert))
         return (
             jax.lax.dynamic_update_slice_in_dim(block_x, x_part.reshape(-1, x.shape[1]), slot, axis=0),
             jax.lax.dynamic_update_slice_in_dim(block_gate, gate_part.reshape(-1), slot, axis=0),

@@ -42,11 +42,21 @@ def name_of(operation: str) -> str:
 
 
 def call(
-    operation: str, shapes: tuple[tuple[int, ...], ...], *operands: jax.Array, **attributes: np.bool_
+    operation: str,
+    shapes: tuple[tuple[int, ...], ...],
+    *operands: jax.Array,
+    in_place: dict[int, int] | None = None,
+    **attributes: np.bool_,
 ) -> tuple[jax.Array, ...]:
-    """Calls one of `OPERATIONS`; its outputs are float32, and differ between devices as the operands do."""
+    """Calls one of `OPERATIONS`; its outputs are float32, and differ between devices as the operands do.
+
+    Args:
+      in_place: the number of an operand, and that of the output which takes its memory. XLA copies an operand that is
+        needed again.
+    """
     outs = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    return vary(tuple(jax.ffi.ffi_call(name_of(operation), outs)(*operands, **attributes)), axes_of(operands))
+    function = jax.ffi.ffi_call(name_of(operation), outs, input_output_aliases=in_place)
+    return vary(tuple(function(*operands, **attributes)), axes_of(operands))
 
 
 def library() -> pathlib.Path:

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import BACKENDS, cases, combine, dispatch, grouped_matmul, make_plan, moe_mlp, windows
+from pallas_kernels import (
+    BACKENDS,
+    cases,
+    combine,
+    dispatch,
+    expert_products,
+    grouped_matmul,
+    make_plan,
+    moe_mlp,
+    windows,
+)
 from pallas_kernels.execution import Target
 from pallas_kernels.moe_mlp import kernels, xla_cpu
 
@@ -296,6 +306,26 @@ def test_cpu_program_moves_no_weights():
     moves = re.findall(r"\w+\[([\d,]+)\]\S* (?:copy|transpose|convert)\(", program("cpu").as_text())
     assert moves
     assert not shapes & {tuple(map(int, shape.split(","))) for shape in moves}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_cpu_program_has_no_copy_of_bfloat16_weights_in_float32(recompute):
+    """XLA:CPU multiplies bfloat16 in float32; the weights of some experts at a time are converted, never all."""
+    case = cases.layer_case(cases.Shape(1024, 2, 16, 64, 96), jnp.bfloat16, Target("cpu"), recompute=recompute)
+    program = jax.jit(case.function).lower(*case.arguments.values()).compile().as_text()
+    assert "bf16[16,64,192]" in program
+    assert "bf16[16,96,64]" in program
+    assert not re.search(r" f32\[16,(64,192|192,64|96,64|64,96)\]\S* convert\(", program)
+
+
+@pytest.mark.parametrize("rows", [3, expert_products.FEW_ROWS, expert_products.FEW_ROWS + 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_with_transposed_weights(rows, dtype):
+    """In both forms, and with the weights as bits."""
+    left, weights = (jax.random.normal(jax.random.key(i), (2, n, 5), dtype) for i, n in enumerate((rows, 7)))
+    expected = np.einsum("ecd,efd->ecf", *(np.asarray(array, np.float64) for array in (left, weights)))
+    product = jax.jit(lambda left, weights: expert_products.product_transposed(left, expert_products.bits(weights)))
+    np.testing.assert_allclose(product(left, weights), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_cpu_program_is_no_dense_expansion():

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import build_native, grouped_matmul, moe_mlp, native
+from pallas_kernels import build_native, cases, grouped_matmul, moe_mlp, native
+from pallas_kernels.execution import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,16 @@ def test_gradients_written_past_the_cache_are_the_same(native_library, monkeypat
     jax.clear_caches()
     actual = value_and_gradients(expert_index, arguments, backend="cpu_native")
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("experts", [8, 256])
+def test_the_hidden_layer_becomes_its_gradient_in_place(native_library, experts):
+    """Against saved inputs and routed activations (docs/kernels.md), for any weight of the weights."""
+    shape = cases.Shape(2048, 2, experts, 256, 512)
+    case = cases.layer_case(shape, jnp.float32, Target("cpu_native"))
+    compiled = jax.jit(case.function).lower(*case.arguments.values()).compile()
+    numbers = shape.tokens * shape.width + shape.rows * (2 * shape.width + 3 * shape.hidden)
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.9 * 4 * numbers
 
 
 def test_large_and_small_numbers_keep_their_meaning(native_library):
