@@ -23,8 +23,8 @@ from jaxmoe.config import RunConfig, from_dict
 from jaxmoe.storage import as_path
 from jaxmoe.training import ProgressReporter, TrainingError, train
 
-# The pauses of gcsfs between its own six attempts, 32 s in all, a tenth as long.
-gcsfs.retry.asyncio = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 10))
+# The pauses of gcsfs between its own six attempts, 32 s in all, are shorter, as are the outages.
+gcsfs.retry.asyncio = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds * float(sys.argv[4])))
 
 class Held(ProgressReporter):  # after a step, until it gets a line
     def advance(self, step, *args):
@@ -45,15 +45,15 @@ leave(0)
 class Run:
     """A run in a process of its own, whose storage is behind a proxy, and the step that it has reached.
 
-    After step `held_after` it waits for `go_on`.
+    After step `held_after` it waits for `go_on`. The pauses of gcsfs are `pauses` of what they are.
     """
 
-    def __init__(self, run, directory: str, storage, *, held_after: int = 0):
+    def __init__(self, run, directory: str, storage, *, held_after: int = 0, pauses: float = 0.1):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu", "STORAGE_EMULATOR_HOST": storage.url, "TENSORSTORE_GCS_HTTP_URL": storage.url,
         }  # fmt: skip
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, json.dumps(to_dict(run)), directory, str(held_after)],
+            [sys.executable, "-c", _PROGRAM, json.dumps(to_dict(run)), directory, str(held_after), str(pauses)],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._step, self.last_line, self.errors = 0, "", ""
@@ -106,12 +106,12 @@ def test_an_outage_is_survived_with_every_checkpoint(
     if outage > 3 and not os.environ.get("JAXMOE_LONG_OUTAGE"):
         pytest.skip("set JAXMOE_LONG_OUTAGE=1 for 30 s without storage")
     run = replace_train(tiny_run, steps=60, checkpoint_every=20, keep_checkpoints=9, log_every=1)
-    remote = Run(run, f"{bucket}/outage-{outage}", faulty_storage, held_after=18)
+    remote = Run(run, f"{bucket}/outage-{outage}", faulty_storage, held_after=18, pauses=outage / 30)
     remote.reaches(18)
-    faulty_storage.rate = 1.0
+    faulty_storage.rate, over = 1.0, time.monotonic() + outage
     remote.go_on()
     remote.reaches(31)  # beyond that of the checkpoint that cannot be written
-    time.sleep(outage)
+    time.sleep(max(0.0, over - time.monotonic()))
     faulty_storage.faults, faulty_storage.rate = ["delay", "reset"], rate
     assert remote.ends() == 0, remote.errors
     assert json.loads(remote.last_line)["status"] == "done"
