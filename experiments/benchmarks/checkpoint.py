@@ -70,7 +70,7 @@ def describe(result: dict[str, Any]) -> str:
             f"{result['write_cpu_seconds']:.2f} CPU seconds, "
             f"{result['state_bytes'] / 1e6 / result['write_seconds']:.0f} MB/s",
             f"host memory of a save      {result['save_memory_ratio']:.2f} x the state, in a fresh process (limit 1.5)",
-            f"  while a run trains       {result['training_save_memory_ratio']:.2f} x the state, over what steps hold",
+            f"  {SAVES} of them in training  {result['training_save_memory_ratio']:.2f} x it, over what steps held",
             f"host memory of a restore   {result['restore_memory_ratio']:.2f} x the state, itself included (limit 1.2)",
             f"restore                    {result['restore_seconds']:.2f} s",
         ]
@@ -212,7 +212,7 @@ def _measure_memory(folder: str) -> dict[str, Any]:
 
 
 def _measure_memory_in_training(folder: str) -> dict[str, Any]:
-    """Of three saves, each with a step beside it, over what the process held after its first steps."""
+    """Of `SAVES` saves, each with a step beside it, over what the process held after its first steps."""
     import jax
 
     from jaxmoe.data import Mixture
@@ -229,7 +229,7 @@ def _measure_memory_in_training(folder: str) -> dict[str, Any]:
     for number in range(_FIRST_STEPS):
         one(number)
     with Checkpoints(f"{folder}_in_training", Retention(1)) as checkpoints, _PeakMemory() as peak:
-        for number in range(_FIRST_STEPS, 2 * _FIRST_STEPS):
+        for number in range(_FIRST_STEPS, _FIRST_STEPS + SAVES):
             checkpoints.save(number, state, {})
             one(number)
             checkpoints.wait()

@@ -15,8 +15,13 @@ _MMAP_MAX, _DEFAULT_MMAP_MAX = -4, 65536
 _ARENA_MAX = -8
 _NEVER = (1 << 31) - 1
 
+_ROOM = 128 * 2**20
+
 _depth = 0
 """How many blocks of `reuse_freed_memory` are open."""
+
+_room: int | None = None
+"""Where the room for the writing of checkpoints is that `open_room` frees."""
 
 
 @contextlib.contextmanager
@@ -35,7 +40,7 @@ def reuse_freed_memory() -> Iterator[bool]:
       Whether that is in effect: not where the C library is another one, nor where the environment configures its
       allocator (`MALLOC_...`, `GLIBC_TUNABLES`).
     """
-    global _depth
+    global _depth, _room
     library = _configurable()
     if library is None:
         yield False
@@ -43,15 +48,30 @@ def reuse_freed_memory() -> Iterator[bool]:
     library.mallopt(_ARENA_MAX, 1)
     library.mallopt(_MMAP_MAX, 0)
     library.mallopt(_TRIM_THRESHOLD, _NEVER)
+    if _depth == 0:
+        _room = library.malloc(ctypes.c_size_t(_ROOM))
     _depth += 1
     try:
         yield True
     finally:
         _depth -= 1
         if _depth == 0:
+            open_room()
             library.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
             library.mallopt(_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
             library.malloc_trim(0)
+
+
+def open_room() -> None:
+    """Frees a room in the heap, set aside when `reuse_freed_memory` began and never written to, for a first save.
+
+    The buffers of a write, 64 MB or a little more, would else be made in the largest hole of the heap, which is that of
+    a step's temporary buffers, and the step beside the write would need another: as much as the state, or more.
+    """
+    global _room
+    room, _room = _room, None
+    if room is not None:
+        ctypes.CDLL(None).free(ctypes.c_void_p(room))
 
 
 @contextlib.contextmanager
@@ -86,4 +106,5 @@ def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
     return library if hasattr(library, "gnu_get_libc_version") else None

@@ -26,7 +26,8 @@ from jaxmoe.training.damage import DamageError, agreed_steps, finding, in_agreem
 from jaxmoe.training.description import check_description, check_structure, described, description
 from jaxmoe.training.errors import CheckpointError, no_space_left
 from jaxmoe.training.fingerprints import fingerprints, fingerprints_of_save
-from jaxmoe.training.named_arrays import flat, named_arrays, nested, on_host, rebuilt
+from jaxmoe.training.host_copies import HostCopies
+from jaxmoe.training.named_arrays import flat, named_arrays, nested, rebuilt
 from jaxmoe.training.policies import Retention, quality_of
 from jaxmoe.training.resharding import read_sharding, resharded
 from jaxmoe.training.saving import Saver
@@ -97,7 +98,7 @@ class Checkpoints:
         directory = epath.Path(directory)
         self.directory = directory if is_remote(directory) else directory.absolute()  # Orbax refuses relative ones
         self._ocp, self._storage, self._retention = ocp, storage or Storage(), retention
-        self._manager, self._limit = None, 0
+        self._manager, self._limit, self._copies = None, 0, HostCopies()
         with self._explained("opened"):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._open(_SMALLEST_LIMIT)
@@ -138,7 +139,7 @@ class Checkpoints:
 
         def begin() -> Callable[[], None]:
             arrays = named_arrays(state)
-            copies = on_host(arrays)
+            copies = self._copies.of(arrays)
             marks = fingerprints_of_save(arrays, copies)
 
             def write() -> None:
@@ -265,7 +266,7 @@ class Checkpoints:
             use_ocdbt=self._storage.ocdbt,
             use_zarr3=self._storage.zarr3,
             use_compression=False,  # parameters and moments do not shrink
-            enable_pinned_host_transfer=True,  # where the copies of `on_host` are: no second copy
+            enable_pinned_host_transfer=True,  # where `HostCopies` are: no second copy
             multiprocessing_options=processes,
         )
         options = ocp.CheckpointManagerOptions(

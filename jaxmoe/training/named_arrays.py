@@ -50,16 +50,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def on_host(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Copies in the memory of the hosts, each shard on the host of its device; the arrays may be donated right after.
-
-    The copy is only begun: the runtime keeps what a later, donating step would overwrite until it is read.
-    """
-    return {
-        name: jax.device_put(array, array.sharding.with_memory_kind("pinned_host")) for name, array in arrays.items()
-    }
-
-
 def _name(path: tuple) -> str:
     """`params/stacks/0/blocks/0/mlp/down`: where a leaf stands in the state."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.training.fingerprints import fingerprint_on_host, fingerprints, fingerprints_of_save
-from jaxmoe.training.named_arrays import on_host
+from jaxmoe.training.host_copies import HostCopies
 
 
 def noise(shape, dtype, seed=0):
@@ -29,7 +29,7 @@ def test_the_host_and_the_device_agree(shape):
 
 def test_those_of_a_save_are_those_that_a_restore_compares():
     arrays = {"a": jnp.asarray(noise((300, 200), np.float32)), "b": jnp.asarray(noise((9,), np.int32, seed=1))}
-    assert fingerprints_of_save(arrays, on_host(arrays))().tolist() == np.asarray(fingerprints(arrays)).tolist()
+    assert fingerprints_of_save(arrays, HostCopies().of(arrays))().tolist() == np.asarray(fingerprints(arrays)).tolist()
 
 
 @settings(max_examples=50, deadline=None)
