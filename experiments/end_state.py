@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxmoe.run_files import RECORDS_DIRECTORY
 from jaxmoe.storage import as_path, read_json
 from jaxmoe.training import CHECKPOINT_DIRECTORY, METRICS_FILE
 
@@ -87,7 +88,7 @@ def _data_position(directory: epath.Path) -> dict[str, Any]:
 
 
 def _records(directory: epath.Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (directory / "records").glob("*.json")}
+    return {path.name: path.read_bytes() for path in (directory / RECORDS_DIRECTORY).glob("*.json")}
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ from jaxmoe.config import ConfigError, nearest
 _OUTPUT = flags.DEFINE_string("output", "docs/fit_table.md", "The table; its results are in a .json of the same name.")
 _CHIPS = flags.DEFINE_list("chips", ["v5p", "v6e", "h100"], "Columns of the table.")
 _AGAIN = flags.DEFINE_bool("again", False, "Compile entries that are there once more, and compare.")
-_LIMIT = flags.DEFINE_integer("limit", None, "Compile for at most so many entries.", lower_bound=0)
+_LIMIT = flags.DEFINE_integer("limit", None, "Compile for the first so many entries alone.", lower_bound=0)
 
 
 def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
@@ -49,7 +49,8 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
         earlier = output.parent / f"{output.stem}.earlier.json"
         write_json(earlier, kept)
         print(f"{results_file} is of {kept['versions']}, not of {versions()}: begun anew; it is kept as {earlier}.")
-    names, chips = rows_and_columns(results, [member.name for member in study.members], _CHIPS.value)
+    selected = [member.name for member in study.members]
+    names, chips = rows_and_columns(results, selected, _CHIPS.value)
 
     def write() -> None:
         write_json(results_file, {"versions": versions(), "entries": results})
@@ -60,7 +61,7 @@ def main(config: ml_collections.ConfigDict, overridden: tuple[str, ...]) -> int:
     for said in fill(results, study.members, _CHIPS.value, again=_AGAIN.value, limit=_LIMIT.value):
         print(said, file=sys.stderr)
         write()
-    missing = sum(f"{name} {chip}" not in results for name in names for chip in chips)
+    missing = sum(f"{name} {chip}" not in results for name in selected for chip in _CHIPS.value)
     print(f"{output}: {f'{missing} entries are missing; run again to go on' if missing else 'complete'}.")
     return 0
 

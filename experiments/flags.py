@@ -19,6 +19,7 @@ import os
 import pathlib
 import sys
 import threading
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from jaxmoe.config import SOURCE_KINDS, ConfigError, DataConfig, GRPOConfig, RunConfig, nearest
+from jaxmoe.exit_status import FAILED
 
 
 class _FloatOrNone(flags.FloatParser):
@@ -196,6 +198,9 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
         app.run(main, argv=argv, flags_parser=_parse_flags)
     except SystemExit as end:
         leave(end.code or 0)
+    except Exception:
+        traceback.print_exc()
+        leave(FAILED)
 
 
 def leave(status: int) -> typing.NoReturn:
@@ -203,12 +208,21 @@ def leave(status: int) -> typing.NoReturn:
 
     Before Python 3.14 a thread of XLA or of TensorStore that asks for Python's lock while the interpreter is taken
     down aborts the process (CPython issue 87135): a command that did all it had to would end with SIGABRT.
+
+    Args:
+      status: of the exit; `FAILED` in place of 0 where what was printed cannot be written.
     """
     threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        pass
+    except OSError as error:
+        print(f"error: what was printed cannot be written: {error}", file=sys.stderr)
+        status = status or FAILED
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(status)
 
 

@@ -155,7 +155,8 @@ def most_of(
     one: tuple[int | None, int | None] | None, other: tuple[int | None, int | None]
 ) -> tuple[int | None, int | None]:
     """Of each figure the larger one, or the one that is known."""
-    return tuple(max(pair, key=lambda figure: figure or -1) for pair in zip(one or other, other, strict=True))
+    pairs = zip(one or other, other, strict=True)
+    return tuple(max(pair, key=lambda figure: -1 if figure is None else figure) for pair in pairs)
 
 
 def result_of(case: cases.Case, shape: cases.Shape, dtype: str, chip: str) -> Result:

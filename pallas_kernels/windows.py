@@ -47,10 +47,10 @@ _MANY_ROWS = 64
 def tiling_for(num_rows: int, num_experts: int, weights_per_expert: int) -> Tiling:
     """Window and block for N rows over E experts of so many weights.
 
-    The window is the mean load: a row of a window that stays empty costs about what an overflowing row saves, for
-    that one costs about twice a window's row, so the best window lies near the median load. Where a block's copy
-    of its expert's weights does not stay in the cache, overflow is dearer, and the window is larger by the
-    standard deviation that the load has under random routing. Blocks are small, so that a group's last one is not
+    The window is the mean load: a row of a window that stays empty costs about what an overflowing row saves, for that
+    one costs about twice a window's row, so the best window lies near the median load. Where a block's copy of its
+    expert's weights does not stay in the cache, overflow is dearer, and above 64 rows an expert the window is larger by
+    the standard deviation that the load has under random routing. Blocks are small, so that a group's last one is not
     mostly empty, larger where each copies much, and a turn of the loop takes up to 256 rows of them, of no more than
     four experts where those are large.
     """

@@ -196,7 +196,7 @@ def test_an_open_axis_is_what_is_left_of_the_devices():
         MeshConfig(expert=3).resolved(8)
     with pytest.raises(ConfigError, match="makes 4 devices, and there are 8; what fits: fsdp=8, or fsdp=-1"):
         MeshConfig(fsdp=4).resolved(8)
-    with pytest.raises(ConfigError, match="makes 6 devices, and there are 8; what fits: expert=4, or fsdp=-1"):
+    with pytest.raises(ConfigError, match="makes 6 devices, and there are 8; what fits: expert=4."):
         MeshConfig(fsdp=2, expert=3).resolved(8)
 
 

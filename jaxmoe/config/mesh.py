@@ -75,10 +75,12 @@ class MeshConfig:
                 return dataclasses.replace(self, **{axis: devices // known})
         others = {axis: known // size for axis, size in self.shape.items() if size > 1}
         fitting = [f"{axis}={devices // other}" for axis, other in others.items() if devices % other == 0]
+        if devices % (known // self.fsdp) == 0:
+            fitting.append("fsdp=-1 for what is left")
         require(
             known == devices,
             f"mesh: {written} makes {known} devices, and there are {devices}; what fits: "
-            f"{', or '.join([*fitting, 'fsdp=-1 for what is left'])}.",
+            f"{', or '.join(fitting) or f'axes that multiply to {_nearest_divisors(devices, known)}'}.",
         )
         return self
 

@@ -164,7 +164,7 @@ class _ZstandardFrames(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while not self._ready:
-            compressed = self._compressed or self._raw.read(1 << 16)
+            compressed = self._compressed or self._raw.read(1 << 12)
             if not compressed:
                 if self._frame is not None:
                     raise EOFError("the file ends within a frame")

@@ -15,6 +15,7 @@ from etils import epath
 from jaxmoe.config import ConfigError
 from jaxmoe.evaluation.evaluate import MIXTURE
 from jaxmoe.evaluation.records import Record, validate_record
+from jaxmoe.run_files import RECORDS_DIRECTORY
 from jaxmoe.scaling.study_file import STUDY_FILE, read_study_file
 from jaxmoe.storage import as_path, read_json
 
@@ -73,7 +74,7 @@ def sift_records(study_dir: epath.PathLike) -> tuple[list[Record], dict[str, int
     directory = as_path(study_dir)
     records, foreign = [], {}
     for member in read_study(directory)["members"]:
-        folder = directory / member["name"] / "records"
+        folder = directory / member["name"] / RECORDS_DIRECTORY
         files = folder.glob("*.json") if folder.exists() else ()
         for path in sorted(files, key=lambda path: path.name):
             if path.name.startswith("."):

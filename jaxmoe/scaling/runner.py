@@ -26,6 +26,7 @@ from jaxmoe.evaluation import checkpoint_context, evaluate_all, named_numbers, r
 from jaxmoe.exclusive import HeldElsewhereError
 from jaxmoe.post_training import GRPO, validation_rewards
 from jaxmoe.processes import alone, is_first, of_first, together
+from jaxmoe.run_files import RECORDS_DIRECTORY
 from jaxmoe.scaling.alike import require_started_alike
 from jaxmoe.scaling.heartbeat import Heartbeat, record_end
 from jaxmoe.scaling.pending_records import PendingRecords
@@ -333,7 +334,7 @@ def _outcome(
 
 def _has_records(directory: epath.Path, run: RunConfig) -> bool:
     """Whether the last step was evaluated with this configuration."""
-    folder = directory / "records"
+    folder = directory / RECORDS_DIRECTORY
     last = folder.glob(f"*-{run.train.steps:08d}.json") if folder.exists() else ()
     records = (read_json(path) for path in last)
     return any(

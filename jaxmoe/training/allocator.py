@@ -48,7 +48,7 @@ def reuse_freed_memory() -> Iterator[bool]:
     library.mallopt(_ARENA_MAX, 1)
     library.mallopt(_MMAP_MAX, 0)
     library.mallopt(_TRIM_THRESHOLD, _NEVER)
-    if _depth == 0:
+    if _room is None:
         _room = library.malloc(ctypes.c_size_t(_ROOM))
     _depth += 1
     try:
@@ -63,7 +63,7 @@ def reuse_freed_memory() -> Iterator[bool]:
 
 
 def open_room() -> None:
-    """Frees a room in the heap, set aside when `reuse_freed_memory` began and never written to, for a first save.
+    """Frees a room in the heap, set aside when `reuse_freed_memory` begins and never written to, for a first save.
 
     The buffers of a write, 64 MB or a little more, would else be made in the largest hole of the heap, which is that of
     a step's temporary buffers, and the step beside the write would need another: as much as the state, or more.

@@ -272,7 +272,7 @@ class _Loop:
         self._checkpoints.wait()
         last = self._checkpoints.last_step
         which = "There is no checkpoint yet" if last is None else f"The last good checkpoint is of step {last}"
-        if last is not None and last > applied:
+        if last is not None and last > applied and self._run.grpo is None:  # whose steps may be skipped in part
             which += f" (the parameters are those after step {applied})"
         raise failure(f"{which} in {self._checkpoints.directory}.")
 

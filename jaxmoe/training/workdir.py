@@ -12,7 +12,7 @@ from etils import epath
 from jaxmoe.config import ConfigError, RunConfig, TrainConfig, config_hash, to_dict
 from jaxmoe.data import DataError, content_changes
 from jaxmoe.run_files import CHECKPOINT_DIRECTORY, CONFIG_FILE, DONE_FILE, RECORDS_DIRECTORY, UNREADABLE_DIRECTORY
-from jaxmoe.storage import read_json, write_json
+from jaxmoe.storage import is_remote, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,10 @@ def check_directory(
 ) -> None:
     """Checks that a run may go on in a directory; writes nothing.
 
-    A directory in which no run has reached a checkpoint or a record yet may be another configuration's: there is
-    nothing of it to go on from. A finished run stays what it was trained as, whatever `resume` says: only its
-    evaluation and its bookkeeping may change, and `train.steps` may rise.
+    A local directory in which no run has reached a checkpoint or a record yet may be another configuration's: there is
+    nothing of it to go on from. (In a bucket, which has no locks, another process may be training there.) A finished
+    run stays what it was trained as, whatever `resume` says: only its evaluation and its bookkeeping may change, and
+    `train.steps` may rise.
 
     Args:
       directory: of the run; it need not be there.
@@ -146,8 +147,8 @@ def describe_differences(
 
 
 def _has_results(directory: epath.Path) -> bool:
-    """Whether anything is there that a run of another configuration would mix with its own."""
-    if (directory / DONE_FILE).exists() or (directory / UNREADABLE_DIRECTORY).exists():
+    """Whether anything is or may be there that a run of another configuration would mix with its own."""
+    if is_remote(directory) or (directory / DONE_FILE).exists() or (directory / UNREADABLE_DIRECTORY).exists():
         return True
     checkpoints, records = directory / CHECKPOINT_DIRECTORY, directory / RECORDS_DIRECTORY
     return (checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir())) or (

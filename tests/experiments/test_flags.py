@@ -1,5 +1,6 @@
 """The --config flag: files found, completed with defaults, selected from, and unknown keys refused."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -113,3 +114,21 @@ leave(3)
 def test_a_command_leaves_after_its_threads_and_exit_functions_with_the_interpreter_standing():
     done = subprocess.run([sys.executable, "-c", _LEAVING], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.split("\n")) == (3, ["end", "thread", "exit function", ""])
+
+
+def test_output_that_cannot_be_written_is_a_failure():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "from experiments.flags import leave; print('lost'); leave(0)"],
+            cwd=REPOSITORY, env={**os.environ, "PYTHONUNBUFFERED": ""}, stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "what was printed cannot be written" in done.stderr
+
+
+def test_an_error_of_a_command_is_shown_and_a_failure():
+    program = "from experiments.flags import run_command; run_command(lambda _: {}['missing'], ['command'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("KeyError: 'missing'\n")

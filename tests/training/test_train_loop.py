@@ -23,6 +23,7 @@ from jaxmoe.training import (
     train,
 )
 from jaxmoe.training.progress import ProgressReporter
+from jaxmoe.training.workdir import check_directory, claim_directory
 
 
 @dataclasses.dataclass
@@ -274,6 +275,15 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_started_anew(
     assert "train.log_every: 1 in the folder, 2 now" in caplog.text
     for name in ("config.json", "metrics.jsonl"):
         assert (tmp_path / name).read_bytes() == (undisturbed[0] / name).read_bytes()
+
+
+def test_a_bucket_is_not_taken_over(tiny_run, replace_train, tmp_path, monkeypatch):
+    """It has no lock: another process may be training there."""
+    claim_directory(tmp_path, tiny_run)
+    check_directory(tmp_path, replace_train(tiny_run, log_every=1))
+    monkeypatch.setattr("jaxmoe.training.workdir.is_remote", lambda path: True)
+    with pytest.raises(ConfigError, match="belongs to another configuration"):
+        check_directory(tmp_path, replace_train(tiny_run, log_every=1))
 
 
 def test_force_goes_on_with_the_other_configuration(tiny_run, replace_train, tmp_path):
